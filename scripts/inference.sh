@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# For those who know the released repository: its flags as variables, this program's command beneath. Further key=value words may follow.
+#   bash scripts/inference.sh [key=value ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh
+
+pretrained_model_name_or_path=checkpoints/Wan2.1-Fun-V1.1-1.3B-InP
+transformer_path=checkpoints/StableAvatar-1.3B/transformer3d-square.pt
+pretrained_wav2vec_path=checkpoints/wav2vec2-base-960h
+validation_reference_path=examples/ada/reference.png
+validation_driven_audio_path=examples/ada/audio.wav
+validation_prompts=$(cat examples/ada/prompt.txt)
+output_dir=outputs
+width=512
+height=512
+seed=42
+sample_steps=50
+overlap_window_length=5
+clip_sample_n_frames=81
+sample_text_guide_scale=3.0
+sample_audio_guide_scale=5.0
+GPU_memory_mode=model_full_load
+
+case $GPU_memory_mode in
+    model_full_load) memory="memory.mode=full" ;;
+    model_cpu_offload) memory="memory.mode=model_offload" ;;
+    model_cpu_offload_and_qfloat8) memory="memory.mode=model_offload memory.fp8=true" ;;
+    sequential_cpu_offload) memory="memory.mode=sequential_offload" ;;
+    *) echo "error: unknown GPU_memory_mode $GPU_memory_mode" >&2; exit 2 ;;
+esac
+
+exec .venv/bin/python inference.py configs/inference/wan_1.3b_square.yaml checkpoints=. \
+    base="$pretrained_model_name_or_path" transformer="$transformer_path" wav2vec="$pretrained_wav2vec_path" \
+    reference="$validation_reference_path" audio="$validation_driven_audio_path" prompt="$validation_prompts" \
+    output="$output_dir/video.mp4" width="$width" height="$height" seed="$seed" steps="$sample_steps" \
+    windows.overlap="$overlap_window_length" windows.frames="$clip_sample_n_frames" \
+    guidance.text_scale="$sample_text_guide_scale" guidance.audio_scale="$sample_audio_guide_scale" $memory "$@"

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Makes .venv in the project's root and installs what the program needs; with the word dev also what its tests need.
+# Running it again does nothing until the requirements change. PYTHON=/path/to/python chooses the interpreter (3.10 to 3.12).
+#   bash scripts/setup.sh [dev]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+requirements=requirements.txt
+if [ "${1:-}" = dev ]; then requirements=requirements-dev.txt; fi
+wanted="$(cat requirements.txt "$requirements" pyproject.toml | cksum) $PWD"
+stamp=.venv/installed-$requirements
+works() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; }
+
+if works .venv/bin/python && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+
+if ! { works .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1; }; then
+    for python in ${PYTHON:-python3 python3.11 python3.12 python3.10 python}; do
+        if works "$python"; then found=$python; break; fi
+    done
+    if [ -z "${found:-}" ]; then
+        echo "error: no Python 3.10, 3.11 or 3.12 on this machine (looked for ${PYTHON:-python3, python3.11, python3.12, python3.10, python}); install one, or say PYTHON=/path/to/python" >&2
+        exit 2
+    fi
+    echo "Making .venv with $("$found" --version)"
+    if ! "$found" -m venv --clear .venv; then
+        echo "error: $found cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2
+        exit 2
+    fi
+fi
+
+echo "Installing $requirements into .venv (the first time takes some minutes)"
+.venv/bin/python -m pip install --disable-pip-version-check --progress-bar on -r "$requirements" | sed -u -n 's/^\(Collecting [^ ]*\|Installing collected\|Downloading [^ ]*\).*/  \1/p'
+.venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e .
+echo "$wanted" >"$stamp"

@@ -1,0 +1,209 @@
+"""From settings to finished videos: one case, or a list of cases with the models loaded once."""
+
+import csv
+import logging
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stableavatar import __version__
+from stableavatar.config import InferenceConfig, flatten, override, read_yaml, settings
+from stableavatar.data.vocals import separate_vocals
+from stableavatar.geometry import round_size
+from stableavatar.media import AudioTrack, VideoWriter, read_image, write_sidecar
+from stableavatar.pipeline import StableAvatarPipeline
+from stableavatar.sampling.offload import resolve_device
+
+log = logging.getLogger(__name__)
+LIBRARIES = ("torch", "diffusers", "transformers")
+MISTAKES = (ValueError, OSError)
+"""What a user can mend; anything else is ours and keeps its traceback."""
+
+
+def run(config: InferenceConfig) -> int:
+    """Make the video of `config`, or those of its list of cases; the exit code: 1 if a case of the list failed.
+
+    Raises:
+        ValueError, OSError: the list itself, the models or the single case cannot be used.
+    """
+    # The empty frames after the reference fade to denormals inside the VAE, which a CPU computes ten times slower than zeros.
+    torch.set_flush_denormal(True)
+    check_model(config)
+    if config.cases:
+        return run_list(config)
+    check_inputs(config)
+    make_video(load(config), config)
+    return 0
+
+
+def run_list(config: InferenceConfig) -> int:
+    """Make the videos of all cases that can be made and report the others; the exit code. Raises ValueError as `run` does."""
+    failures: list[str] = []
+    ready: list[tuple[str, InferenceConfig]] = []
+    for number, row in enumerate(read_cases(config.cases), 1):
+        with reported(f"case {number}", failures):
+            case = plan_case(config, row, number)
+            if any(Path(case.output).resolve() == Path(other.output).resolve() for _, other in ready):
+                raise ValueError(f"output {case.output} is already taken by another case; give each its own")
+            check_inputs(case)
+            ready.append((f"case {number}", case))
+    pipeline = load(config) if ready else None
+    for name, case in ready:
+        with reported(name, failures):
+            make_video(pipeline, case)
+    return 1 if failures else 0
+
+
+@contextmanager
+def memory_advice() -> Iterator[None]:
+    """Turn a device that is full into a ValueError that says what to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        log.debug("torch said: %s", error)
+        raise ValueError("out of device memory; try memory.mode=sequential_offload, memory.vae_tiling=true or a smaller size") from None
+
+
+@memory_advice()
+def load(config: InferenceConfig) -> StableAvatarPipeline:
+    """The pipeline of `config`, on its device. Raises ValueError if its files are missing or do not fit."""
+    return StableAvatarPipeline.from_config(config)
+
+
+@contextmanager
+def reported(name: str, failures: list[str]) -> Iterator[None]:
+    """Turn a case's mistake into one logged line and an entry in `failures`."""
+    try:
+        yield
+    except MISTAKES as error:
+        failures.append(name)
+        log.error("%s: %s", name, one_line(error))
+        log.debug("where it happened", exc_info=True)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks; the system's own errors with the file's name."""
+    text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+    return " ".join(text.split())
+
+
+def read_cases(path: str) -> list[dict[str, Any]]:
+    """Rows of a list of cases, each a mapping of dotted keys: a CSV table with a header, or a YAML list of mappings.
+
+    Raises:
+        ValueError: no such file, or it holds something else.
+    """
+    rows = read_table(path) if path.lower().endswith(".csv") else read_yaml(path, list)
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} must list cases, each with keys such as reference, audio, prompt and output")
+    return [dict(flatten(row)) for row in rows]
+
+
+def read_table(path: str) -> list[dict[str, str]]:
+    """Rows of a CSV file with a header; an empty cell leaves its setting as it is. Raises ValueError if it cannot be read or is ragged."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read {path}: {one_line(error)}") from None
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise ValueError(f"{path}: case {number} has more cells than the header has columns; put quotes around text with commas")
+    return [{key: value for key, value in row.items() if value} for row in rows]
+
+
+def plan_case(config: InferenceConfig, row: dict[str, Any], number: int) -> InferenceConfig:
+    """The settings of case `number`: those shared by all, with the row's own; each case gets folders of its own."""
+    folders = {key: f"{getattr(config, key)}/case_{number:03d}" for key in ("frames_dir", "work_dir") if getattr(config, key)}
+    case = override(config, folders | row)
+    shared = settings(config)
+    for key, (_, value, limits) in settings(case).items():
+        if limits.fixed and value != shared[key][1]:
+            raise ValueError(f"{key} must be the same for all cases, because the models are loaded once; set it for the whole list")
+    return case
+
+
+def check_model(config: InferenceConfig) -> None:
+    """Raise ValueError if the device is not there or no model is named; the files themselves are checked as they load."""
+    resolve_device(config.device)
+    if not (config.model or config.checkpoints):
+        raise ValueError("no model is named; give model=FOLDER (a complete pipeline) or checkpoints=FOLDER (the released files)")
+    if config.model and not Path(config.model, "model_index.json").is_file():
+        advice = "scripts/make_tiny_model.py makes a tiny one"
+        raise ValueError(f"model {config.model} is no pipeline folder: it has no model_index.json; {advice}")
+
+
+def check_inputs(case: InferenceConfig) -> None:
+    """Read both inputs and try the output's folder, so that mistakes show before the models load. Raises ValueError or OSError."""
+    for key in ("reference", "audio", "output"):
+        if not getattr(case, key):
+            raise ValueError(f"{key} is missing; give {key}=FILE")
+    output = Path(case.output)
+    if output.is_dir() or output.suffix.lower() != ".mp4":
+        raise ValueError(f"output must be the name of an .mp4 file, got {case.output!r}")
+    read_image(case.reference)
+    with AudioTrack(case.audio):
+        pass
+    for folder in filter(None, (str(output.parent), case.frames_dir, case.work_dir)):
+        check_writable(Path(folder))
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError unless files can be made in `folder`, or in the nearest folder above it that exists."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from None
+
+
+@memory_advice()
+def make_video(pipeline: StableAvatarPipeline, case: InferenceConfig) -> None:
+    """Stream one case from the pipeline into its mp4, then write its sidecar JSON. Raises what the pipeline and the writer raise."""
+    started = time.perf_counter()
+    size = {"width": round_size(case.width), "height": round_size(case.height)}
+    marks = {"seed": str(case.seed), "stableavatar": __version__}
+    first, count = None, 0
+    with tempfile.TemporaryDirectory() as scratch, AudioTrack(heard(case, scratch)) as voice:
+        reference = read_image(case.reference)
+        with VideoWriter(case.output, **size, fps=case.fps, sound=case.audio, metadata=marks, frames_dir=case.frames_dir or None) as writer:
+            for frames in pipeline.stream(reference=reference, audio=voice, prompt=case.prompt, config=case):
+                first = first or time.perf_counter() - started
+                writer.write(frames)
+                count += len(frames)
+    timings = {"first_frames_seconds": first, "total_seconds": time.perf_counter() - started}
+    write_sidecar(case.output, record(case, count, timings))
+    log.info("%s: %d frames, %.2f s of video in %.1f s", case.output, count, count / case.fps, timings["total_seconds"])
+
+
+def heard(case: InferenceConfig, scratch: str) -> str | Path:
+    """The file that drives the lips: the audio itself, or its vocals alone, written to the folder `scratch`."""
+    return separate_vocals(case.audio, case.vocal_separator, scratch) if case.vocal_separator else case.audio
+
+
+def record(case: InferenceConfig, frames: int, timings: dict[str, float | None]) -> dict[str, Any]:
+    """The sidecar: everything needed to make the same video again, and what it cost."""
+    peak = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+    if torch.cuda.is_available():
+        peak["device_bytes"] = torch.cuda.max_memory_allocated()
+    return {
+        "generated_by": "StableAvatar",
+        "settings": asdict(case),
+        "frames": frames,
+        "seconds": frames / case.fps,
+        "versions": {"stableavatar": __version__, "python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "timings": timings,
+        "peak_memory": peak,
+    }

@@ -1,0 +1,101 @@
+"""The voice alone: music and noise taken out of a recording by Kim_Vocal_2, through the audio-separator package."""
+
+import json
+import logging
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import imageio_ffmpeg
+
+from stableavatar import ffmpeg
+
+if TYPE_CHECKING:
+    from audio_separator.separator import Separator
+
+logger = logging.getLogger(__name__)
+
+MODEL_NAME = "Kim_Vocal_2.onnx"
+KIM_VOCAL_2 = {
+    "compensate": 1.009,
+    "mdx_dim_f_set": 3072,
+    "mdx_dim_t_set": 8,
+    "mdx_n_fft_scale_set": 7680,
+    "primary_stem": "Vocals",
+}
+"""The model's published parameters (UVR's list of MDX-Net models)."""
+MODEL_LISTS = [f"{kind}_download_list" for kind in ("vr", "mdx", "demucs", "mdx23c", "roformer")]
+VIP_LISTS = ["mdx_download_vip_list", "mdx23c_download_vip_list"]
+MODEL_RATE = 44_100
+
+
+def separate_vocals(source: str | Path, model_file: str | Path, out_dir: str | Path) -> Path:
+    """Write the voice of an audio or video file to out_dir/vocals.wav (44.1 kHz stereo, as long as the source).
+
+    Raises:
+        ValueError: audio-separator is not installed, the model is missing or damaged, the source has no readable sound.
+    """
+    source, model_file = ffmpeg.existing_file(source, "audio"), Path(model_file)
+    ffmpeg.probe_audio(source)
+    if find_spec("audio_separator") is None:
+        raise ValueError("vocal separation needs the audio-separator package; pip install 'audio-separator[cpu]' (or [gpu])")
+    if model_file.name != MODEL_NAME or not model_file.is_file():
+        raise ValueError(f"vocal separation needs the model {MODEL_NAME}, got {model_file}; put it into the checkpoints folder")
+    logger.info("separating the voice of %s", source)
+    with tempfile.TemporaryDirectory() as work, _environment(Path(work)):
+        mix = _decode(source, Path(work) / "mix.wav")
+        _separator(model_file, Path(work), Path(out_dir)).separate(str(mix), {"Vocals": "vocals"})
+    return Path(out_dir) / "vocals.wav"
+
+
+def _decode(source: Path, target: Path) -> Path:
+    sound = ["-map", "0:a:0", "-ac", "2", "-ar", str(MODEL_RATE), "-c:a", "pcm_s16le"]
+    run = subprocess.run(ffmpeg.command(*ffmpeg.file_input(source), *sound, f"file:{target}"), stderr=subprocess.PIPE)
+    if run.returncode:
+        raise ValueError(f"cannot decode audio {source}: {ffmpeg.reason(run.stderr.decode(errors='replace'))}")
+    return target
+
+
+def _separator(model_file: Path, work: Path, out_dir: Path) -> "Separator":
+    """The package's separator with the model loaded from disk; the lists it would download are written to `work` instead."""
+    from audio_separator.separator import Separator
+    from onnxruntime.capi import onnxruntime_pybind11_state as onnx
+
+    (work / MODEL_NAME).symlink_to(model_file.resolve())
+    separator = Separator(
+        log_level=logging.ERROR,
+        model_file_dir=str(work),
+        output_dir=str(out_dir),
+        output_single_stem="Vocals",
+        use_soundfile=True,
+    )
+    known = dict.fromkeys(MODEL_LISTS + VIP_LISTS, {})
+    known["mdx_download_list"] = {"MDX-Net Model: Kim Vocal 2": MODEL_NAME}
+    parameters = {separator.get_model_hash(str(model_file)): KIM_VOCAL_2}
+    for name, content in [("download_checks", known), ("vr_model_data", {}), ("mdx_model_data", parameters)]:
+        (work / f"{name}.json").write_text(json.dumps(content))
+    try:
+        separator.load_model(MODEL_NAME)
+    except (onnx.InvalidArgument, onnx.InvalidProtobuf, onnx.InvalidGraph, onnx.Fail):
+        raise ValueError(f"the model {model_file} is damaged or truncated; fetch it again") from None
+    return separator
+
+
+@contextmanager
+def _environment(work: Path) -> Iterator[None]:
+    """The package looks for a program `ffmpeg`, and a variable would replace its model folder: here both are ours."""
+    (work / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
+    ours = {"PATH": f"{work}{os.pathsep}{os.environ.get('PATH', '')}", "AUDIO_SEPARATOR_MODEL_DIR": str(work)}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})

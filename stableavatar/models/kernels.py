@@ -1,0 +1,47 @@
+"""Attention over the library's backends (diffusers' `dispatch_attention_fn`), rectangle by rectangle."""
+
+from typing import Protocol
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch import Tensor
+
+from stableavatar.models.layout import Plan
+
+
+class Attend(Protocol):
+    """Signature of `attend`; wrappers (another backend, sequence parallelism) keep it."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan = (), key_mask: Tensor | None = None) -> Tensor: ...
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan = (), key_mask: Tensor | None = None, backend: str = "native"
+) -> Tensor:
+    """Softmax attention with scale 1 / sqrt(d).
+
+    Args:
+        q: [B, Lq, heads, d]; k, v: [B, Lk, heads, d].
+        plan: token rectangles (query slice, key slices), queries in order; empty: everything sees everything.
+        key_mask: [B, Lk] bool, False for keys that nobody may see; backends without masks refuse it.
+        backend: a name of diffusers' attention backends.
+
+    Returns:
+        [B, Lq, heads, d]
+    """
+    if not plan:
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=AttentionBackendName(backend))
+    return torch.cat([_rectangle(q[:, rows], k, v, columns, key_mask, backend) for rows, columns in plan], dim=1)
+
+
+def _rectangle(q: Tensor, k: Tensor, v: Tensor, columns: tuple[slice, ...], key_mask: Tensor | None, backend: str) -> Tensor:
+    def gather(x: Tensor) -> Tensor:
+        return x[:, columns[0]] if len(columns) == 1 else torch.cat([x[:, c] for c in columns], dim=1)
+
+    return attend(q, gather(k), gather(v), key_mask=None if key_mask is None else gather(key_mask), backend=backend)
+
+
+def backend_names() -> list[str]:
+    """Names that `attend` takes as `backend`."""
+    return [name.value for name in AttentionBackendName]

@@ -1,0 +1,219 @@
+"""Released checkpoints into our models: strict, by name, tensor after tensor (see `strict_loading`).
+
+Every loader takes a file as published, its `dtype` (None keeps the file's; what a class marks so stays in float32) and `device`,
+and raises ValueError for an unreadable file and for tensors that are missing, left over or of another shape.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    UMT5Config,
+    UMT5EncoderModel,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+)
+
+from stableavatar.models.audio_adapter import AudioAdapter
+from stableavatar.models.checkpoint_files import TORCH_ERRORS, Checkpoint
+from stableavatar.models.dit import AvatarTransformer
+from stableavatar.models.key_maps import (
+    AUDIO_TENSOR,
+    CLIP_PREFIX,
+    Config,
+    image_config,
+    released_sources,
+    text_config,
+    transformer_config,
+    vae_config,
+)
+from stableavatar.models.strict_loading import empty_model, fill, place
+from stableavatar.vae import WanVAE
+
+logger = logging.getLogger(__name__)
+
+Loaded = TypeVar("Loaded")
+
+VAE_FILE = "Wan2.1_VAE.pth"
+TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+TOKENIZER_FOLDER = "google/umt5-xxl"
+BASE_CONFIG_FILE = "config.json"
+"""Inside the folder of a Wan base model, as published."""
+
+BASE_CONFIG_KEYS = {
+    "dim": "dim",
+    "ffn_dim": "ffn_dim",
+    "freq_dim": "freq_dim",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+    "num_heads": "num_heads",
+    "num_layers": "num_layers",
+    "text_len": "text_length",
+    "eps": "eps",
+}
+"""A Wan transformer's config.json -> AvatarTransformer's settings."""
+
+UNUSED_AUDIO_TENSORS = {"masked_spec_embed"}
+"""Of wav2vec2, for training only; not every published file has it."""
+
+
+def load_released(checkpoints: Path, transformer: str, base: str, wav2vec: str, dtype: torch.dtype) -> dict[str, Any]:
+    """All components of the pipeline from the released files as they are laid out on disk.
+
+    Args:
+        checkpoints: folder that the other paths are relative to.
+        transformer: StableAvatar's weights, or the base model's own, which lie in `base` and get fresh audio tensors.
+        base: folder of the Wan base model; wav2vec: folder of the speech encoder.
+        dtype: of transformer, text and image encoder; the VAE and wav2vec2 are in float32.
+    """
+    file, folder = checkpoints / transformer, checkpoints / base
+    parts = (BASE_CONFIG_FILE, VAE_FILE, TEXT_ENCODER_FILE, IMAGE_ENCODER_FILE, TOKENIZER_FOLDER)
+    missing = [str(path) for path in (file, checkpoints / wav2vec, *(folder / part for part in parts)) if not path.exists()]
+    if missing:
+        raise ValueError(f"checkpoints lack {', '.join(missing)}; the README's section 'Weights' shows the layout")
+    fresh = file.resolve().is_relative_to(folder.resolve())
+    return {
+        "transformer": load_transformer(file, dtype, base_config=folder / BASE_CONFIG_FILE, fresh_audio=fresh),
+        "vae": load_vae(folder / VAE_FILE, torch.float32),
+        "text_encoder": load_text_encoder(folder / TEXT_ENCODER_FILE, dtype),
+        "image_encoder": load_image_encoder(folder / IMAGE_ENCODER_FILE, dtype),
+        **load_small_parts(folder / TOKENIZER_FOLDER, checkpoints / wav2vec),
+    }
+
+
+def load_small_parts(tokenizer: Path, wav2vec: Path) -> dict[str, Any]:
+    """Tokenizer, speech encoder (float32) and its feature extractor, from folders in the libraries' own format."""
+    encoder, report = _from_folder(
+        wav2vec, lambda folder: Wav2Vec2Model.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    )
+    lacking = sorted(set(report["missing_keys"]) - UNUSED_AUDIO_TENSORS) + [str(key) for key in report["mismatched_keys"]]
+    if lacking:
+        raise ValueError(f"speech encoder {wav2vec} lacks {len(lacking)} tensors or has them in another shape, first {lacking[0]}")
+    return {
+        "tokenizer": _from_folder(tokenizer, lambda folder: AutoTokenizer.from_pretrained(folder, local_files_only=True)),
+        "audio_encoder": encoder.float().eval(),
+        "audio_processor": _from_folder(wav2vec, lambda folder: Wav2Vec2FeatureExtractor.from_pretrained(folder, local_files_only=True)),
+    }
+
+
+def _from_folder(folder: Path, load: Callable[[Path], Loaded]) -> Loaded:
+    """What a library reads from a folder; its own complaint as one line."""
+    if not folder.is_dir():
+        raise ValueError(f"folder {folder} does not exist")
+    try:
+        return load(folder)
+    except (OSError, SafetensorError, *TORCH_ERRORS) as error:
+        raise ValueError(f"{folder} is incomplete or damaged: {' '.join(str(error).split())[:200]}") from error
+
+
+def load_transformer(
+    path: str | Path,
+    dtype: torch.dtype | None = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    base_config: str | Path | None = None,
+    config: Config | None = None,
+    fresh_audio: bool = False,
+) -> AvatarTransformer:
+    """The transformer of a StableAvatar file or, with `fresh_audio`, of a plain Wan image-to-video one.
+
+    Args:
+        path: see `Checkpoint`.
+        base_config: config.json of the base model, for what shapes do not tell (heads, text length, eps).
+        config: settings of AvatarTransformer that go over all others.
+        fresh_audio: initialise all audio tensors if the file has none of them, as a new model has them.
+    """
+    file = Checkpoint(path)
+    model = empty_transformer(file, base_config, config)
+    if any(AUDIO_TENSOR.match(name) for name in file.shapes):
+        return fill(model, file, dtype, device).eval()
+    if not fresh_audio:
+        raise ValueError(f"{path} holds no audio tensors, like a base Wan model: choose a StableAvatar file, or fresh_audio to train")
+    absent = {source.name: ours for ours, source in released_sources(model).items() if AUDIO_TENSOR.match(source.name)}
+    fill(model, file, dtype, device, absent)
+    logger.info("%s: %d audio tensors are not in the file and start fresh", file.path, len(absent))
+    _start_audio(model, list(absent.values()), dtype, device)
+    return model.eval()
+
+
+def load_vae(path: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu") -> WanVAE:
+    """The VAE of `Wan2.1_VAE.pth`."""
+    file = Checkpoint(path)
+    return fill(empty_vae(file), file, dtype, device).eval()
+
+
+def load_text_encoder(path: str | Path, dtype: torch.dtype | None = torch.bfloat16, device: str | torch.device = "cpu") -> UMT5EncoderModel:
+    """The text encoder of `models_t5_umt5-xxl-enc-bf16.pth`."""
+    file = Checkpoint(path)
+    return fill(empty_text_encoder(file), file, dtype, device).eval()
+
+
+def load_image_encoder(
+    path: str | Path,
+    dtype: torch.dtype | None = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    config: Config | None = None,
+) -> CLIPVisionModelWithProjection:
+    """The image tower of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`; its text tower is passed over.
+
+    Args:
+        config: settings of CLIPVisionConfig that go over those from shapes (heads, activation, eps).
+    """
+    file = Checkpoint(path, CLIP_PREFIX)
+    return fill(empty_image_encoder(file, config), file, dtype, device).eval()
+
+
+def empty_transformer(file: Checkpoint, base_config: str | Path | None = None, config: Config | None = None) -> AvatarTransformer:
+    """The transformer that a file is of, without memory for its parameters."""
+    settings = transformer_config(file) | (read_base_config(base_config) if base_config else {}) | (config or {})
+    return empty_model(lambda: AvatarTransformer(**settings))
+
+
+def empty_vae(file: Checkpoint) -> WanVAE:
+    """The VAE that a file is of, without memory for its parameters."""
+    settings = vae_config(file)
+    return empty_model(lambda: WanVAE(**settings))
+
+
+def empty_text_encoder(file: Checkpoint) -> UMT5EncoderModel:
+    """The text encoder that a file is of, without memory for its parameters."""
+    settings = UMT5Config(**text_config(file))
+    return empty_model(lambda: UMT5EncoderModel(settings))
+
+
+def empty_image_encoder(file: Checkpoint, config: Config | None = None) -> CLIPVisionModelWithProjection:
+    """The image encoder that a file is of, without memory for its parameters."""
+    settings = CLIPVisionConfig(**image_config(file) | (config or {}))
+    return empty_model(lambda: CLIPVisionModelWithProjection(settings))
+
+
+def read_base_config(path: str | Path) -> Config:
+    """AvatarTransformer's settings from a Wan model's config.json; other keys are ignored with a note."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"base model config {path} is missing or not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"base model config {path} holds no settings by name")
+    ignored = sorted(found.keys() - BASE_CONFIG_KEYS.keys() - {"model_type"})
+    if ignored:
+        logger.info("%s: keys without a use here: %s", path, ", ".join(ignored))
+    return {ours: found[theirs] for theirs, ours in BASE_CONFIG_KEYS.items() if theirs in found}
+
+
+def _start_audio(model: AvatarTransformer, names: list[str], dtype: torch.dtype | None, device: str | torch.device) -> None:
+    """Audio tensors as a new model has them: the adapter's own initialisation, then zero keys and values in the blocks."""
+    c = model.config
+    adapter = AudioAdapter(c.audio_dim, tuple(c.audio_hidden_dims), c.dim, c.adapter_heads, c.adapter_layers, c.eps, c.adapter)
+    start = {f"audio_adapter.{name}": parameter.detach() for name, parameter in adapter.named_parameters()}
+    for name in names:
+        place(model, name, start[name] if name in start else torch.empty(model.get_parameter(name).shape), dtype, device)
+    model.init_audio_branches()

@@ -1,0 +1,239 @@
+"""StableAvatarPipeline: encode once, plan windows, denoise, decode in a stream."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+
+from stableavatar import __version__, geometry
+from stableavatar.config import InferenceConfig
+from stableavatar.encoders import encode_audio, encode_image, encode_text
+from stableavatar.media import AudioTrack, fit_image, read_image
+from stableavatar.models.dit import AvatarTransformer
+from stableavatar.models.weights import load_released
+from stableavatar.sampling.conditioning import Conditioning, reference_channels
+from stableavatar.sampling.denoise import GuidedVelocity, SlidingWindows, denoise_motion_frames, denoise_windows
+from stableavatar.sampling.flow import make_scheduler
+from stableavatar.sampling.guidance import Guidance, Text
+from stableavatar.sampling.offload import place, resolve_device, resolve_dtype
+from stableavatar.sampling.resume import NO_RUN_STORE, NoRunStore, RunStore
+from stableavatar.sampling.step_cache import StepCache
+from stableavatar.sampling.windows import Window, WindowPlan
+from stableavatar.vae import WanVAE
+
+logger = logging.getLogger(__name__)
+
+# Settings that say where results go or how often they are saved, not what they are.
+UNRELATED_TO_RESULT = {"output", "frames_dir", "cases", "work_dir", "save_every", "reference", "audio"}
+
+
+class StableAvatarPipeline(DiffusionPipeline):
+    """A portrait and a voice become a talking video.
+
+    Args:
+        transformer: the diffusion transformer; vae: the streaming Wan VAE.
+        text_encoder, tokenizer: UMT5; image_encoder: CLIP ViT-H/14; audio_encoder, audio_processor: wav2vec2.
+    """
+
+    model_cpu_offload_seq = "text_encoder->image_encoder->audio_encoder->transformer->vae"
+
+    def __init__(
+        self,
+        transformer: AvatarTransformer,
+        vae: WanVAE,
+        text_encoder: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        image_encoder: CLIPVisionModelWithProjection,
+        audio_encoder: Wav2Vec2Model,
+        audio_processor: Wav2Vec2FeatureExtractor,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            image_encoder=image_encoder,
+            audio_encoder=audio_encoder,
+            audio_processor=audio_processor,
+        )
+
+    @classmethod
+    def from_released(
+        cls,
+        checkpoints: str | Path,
+        transformer: str = InferenceConfig.transformer,
+        base: str = InferenceConfig.base,
+        wav2vec: str = InferenceConfig.wav2vec,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> "StableAvatarPipeline":
+        """From the released files as they are laid out on disk.
+
+        Args:
+            checkpoints: the folder; the other paths are inside it (or absolute).
+            transformer: a StableAvatar `.pt`, or the base model's own file, whose audio branches then start fresh.
+            base: folder with the Wan VAE, UMT5, CLIP and the transformer's config.json.
+            dtype: of transformer, text and image encoder; the VAE and wav2vec2 stay in float32.
+        """
+        return cls(**load_released(Path(checkpoints), transformer, base, wav2vec, dtype))
+
+    @classmethod
+    def from_config(cls, config: InferenceConfig) -> "StableAvatarPipeline":
+        """Loaded, placed and tuned as the settings say."""
+        device = resolve_device(config.device)
+        dtype = resolve_dtype(config.dtype, device)
+        if config.model:
+            dtypes = {"default": dtype, "vae": torch.float32, "audio_encoder": torch.float32}
+            pipe = cls.from_pretrained(config.model, dtype=dtypes, local_files_only=True)
+        else:
+            pipe = cls.from_released(config.checkpoints, config.transformer, config.base, config.wav2vec, dtype)
+        pipe.transformer.set_attention_backend(config.attention)
+        place(pipe, config.memory, device)
+        if config.compile:
+            pipe.transformer.compile_repeated_blocks()
+        return pipe
+
+    def __call__(self, reference: Image.Image | str, audio: AudioTrack | str, prompt: str = "", config: InferenceConfig | None = None) -> Tensor:
+        """All frames [T, H, W, 3] uint8 of a video; for long ones `stream` needs less memory."""
+        return torch.cat(list(self.stream(reference, audio, prompt, config)))
+
+    def stream(
+        self, reference: Image.Image | str, audio: AudioTrack | str, prompt: str = "", config: InferenceConfig | None = None
+    ) -> Iterator[Tensor]:
+        """Frames as they are ready, from the first to the last.
+
+        Args:
+            reference: portrait, an image or the path of one.
+            audio: voice, a track or the path of an audio or video file.
+            prompt: description of the first frame, of the behaviour, of the background.
+            config: everything else (its own reference, audio and prompt are not read).
+
+        Yields:
+            [n, H, W, 3] uint8
+        """
+        config = config or InferenceConfig()
+        with ExitStack() as stack:
+            if not isinstance(audio, AudioTrack):
+                audio = stack.enter_context(AudioTrack(audio))
+            image = read_image(reference) if not isinstance(reference, Image.Image) else reference
+            width, height = self.frame_size(config)
+            pixels = fit_image(image, width, height, config.fit)
+            frames = self.frame_count(audio, config)
+            conditioning = self.encode(pixels, audio, prompt, config)
+            latents = self.denoise(conditioning, frames, config, self._run_store(pixels, audio, prompt, config))
+            bar = stack.enter_context(self.progress_bar(total=frames))
+            bar.set_description("decode")
+            yield from self._decode(latents, frames, bar.update)
+
+    def frame_count(self, audio: AudioTrack, config: InferenceConfig) -> int:
+        """Video frames that last as long as the audio."""
+        return geometry.samples_to_frames(audio.samples, config.fps)
+
+    def frame_size(self, config: InferenceConfig) -> tuple[int, int]:
+        """Width and height, rounded to what the VAE and the patches divide."""
+        size = geometry.round_size(config.width), geometry.round_size(config.height)
+        if size != (config.width, config.height):
+            logger.warning("size %dx%d was rounded to %dx%d, multiples of 16", config.width, config.height, *size)
+        return size
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, audio: AudioTrack, prompt: str, config: InferenceConfig) -> Conditioning:
+        """Text, image and reference once; audio window by window when it is needed.
+
+        Args:
+            pixels: reference image [3, H, W] in [-1, 1].
+        """
+        device, dtype = self._execution_device, self.transformer.dtype
+        prompts = {Text.POSITIVE: prompt, Text.NEGATIVE: config.negative_prompt}
+        if config.guidance.name != "cfg":
+            del prompts[Text.NEGATIVE]
+        with self.progress_bar(total=3) as bar:
+            bar.set_description("encode")
+            embeds = encode_text(self.text_encoder, self.tokenizer, list(prompts.values()), self.transformer.config.text_length)
+            text = {name: embed[None].to(device, dtype) for name, embed in zip(prompts, embeds, strict=True)}
+            bar.update()
+            image = encode_image(self.image_encoder, pixels[None]).to(device, dtype)
+            bar.update()
+            reference = self._encode_video(pixels[:, None], geometry.frames_to_latents(config.windows.frames))
+            bar.update()
+        return Conditioning(text, image, reference_channels(reference, known=1), partial(self._encode_window, audio, config.fps))
+
+    def _encode_video(self, frames: Tensor, latents: int) -> Tensor:
+        """Frames [3, n, H, W], followed by zeros, as `latents` normalised latent frames [16, F, h, w]."""
+        total = geometry.latents_to_frames(latents)
+        frames = frames.to(self._execution_device)
+        blank = torch.zeros_like(frames[:, :1])
+        chunks = (frames[:, i : i + 1] if i < frames.shape[1] else blank for i in range(total))
+        return torch.cat(list(self.vae.encode_stream(chunks)), dim=1)
+
+    def _encode_window(self, audio: AudioTrack, fps: float, window: Window) -> Tensor:
+        """wav2vec features [1, Ta, A] of exactly a window's pixel frames."""
+        first = geometry.latent_start_frame(window.start)
+        stop = first + geometry.latents_to_frames(window.stop - window.start)
+        start = geometry.frame_samples(first, fps)
+        waveform = audio.read(start, max(geometry.frame_samples(stop, fps), start + geometry.MIN_SAMPLES))
+        features = encode_audio(self.audio_encoder, self.audio_processor, waveform)
+        return features.to(self._execution_device, self.transformer.dtype)
+
+    def denoise(self, conditioning: Conditioning, frames: int, config: InferenceConfig, store: NoRunStore = NO_RUN_STORE) -> Iterator[Tensor]:
+        """Finished latents [16, n, h, w] from the first to the last, float32 on the host.
+
+        Args:
+            frames: pixel frames of the video.
+        """
+        length, total = geometry.frames_to_latents(config.windows.frames), geometry.frames_to_latents(frames)
+        plan = WindowPlan.sliding(total, length, config.windows.overlap, config.windows.tail, config.windows.weights)
+        with self.progress_bar(total=len(plan) * config.steps) as bar:
+            bar.set_description("denoise")
+            if config.windows.strategy == "motion_frame":
+                start = partial(self._start, config)
+                yield from denoise_motion_frames(plan, start, conditioning, self._continue_reference, store, bar.update)
+            else:
+                windows, velocity = self._start(config, conditioning, plan)
+                yield from denoise_windows(windows, velocity, config.windows.order, store, bar.update)
+
+    def _start(self, config: InferenceConfig, conditioning: Conditioning, plan: WindowPlan) -> tuple[SlidingWindows, GuidedVelocity]:
+        """Fresh noise, solvers and guidance for a plan."""
+        scheduler = make_scheduler(config.solver, config.steps, config.shift)
+        guidance = asdict(config.guidance)
+        batched = guidance.pop("batched")
+        cache = StepCache(config.step_cache, config.steps)
+        velocity = GuidedVelocity(self.transformer, conditioning, Guidance(**guidance), scheduler.timesteps, cache, batched)
+        shape = (geometry.LATENT_CHANNELS, *conditioning.reference.shape[-2:])
+        return SlidingWindows(plan, scheduler, shape, config.seed, velocity), velocity
+
+    def _continue_reference(self, clip: Tensor, overlap: int) -> Tensor:
+        """Reference channels of a clip that goes on from the last `overlap` latent frames of `clip` [16, F, h, w]."""
+        frames = torch.cat(list(self.vae.decode_stream([clip.to(self._execution_device)])), dim=1)
+        tail = frames[:, -geometry.latents_to_frames(overlap) :]
+        return reference_channels(self._encode_video(tail, clip.shape[1]), known=overlap)
+
+    def _decode(self, latents: Iterator[Tensor], frames: int, on_progress) -> Iterator[Tensor]:
+        """Pixels of a stream of latents, cut after `frames`."""
+        left = frames
+        for chunk in self.vae.decode_stream(part.to(self._execution_device) for part in latents):
+            chunk = ((chunk[:, :left] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
+            left -= len(chunk)
+            if len(chunk):
+                yield chunk
+            on_progress(len(chunk))
+
+    def _run_store(self, pixels: Tensor, audio: AudioTrack, prompt: str, config: InferenceConfig) -> NoRunStore:
+        """The store of a resumable run, if one is wanted."""
+        if not config.work_dir:
+            return NO_RUN_STORE
+        sound = hashlib.sha256()
+        for start in range(0, audio.samples, geometry.SAMPLE_RATE):
+            sound.update(audio.read(start, start + geometry.SAMPLE_RATE).tobytes())
+        settings = {key: value for key, value in asdict(config).items() if key not in UNRELATED_TO_RESULT}
+        inputs = {"reference": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), "audio": sound.hexdigest()}
+        return RunStore(Path(config.work_dir), settings | inputs | {"prompt": prompt, "version": __version__}, config.save_every)

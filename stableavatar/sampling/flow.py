@@ -1,0 +1,62 @@
+"""Rectified flow, x_t = (1 - t) x_0 + t noise, velocity = noise - x_0 (equations 12 and 13): schedules and solvers."""
+
+import copy
+
+import numpy as np
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+SOLVERS = ("euler", "unipc", "dpm")
+
+
+def make_scheduler(solver: str, steps: int, shift: float) -> SchedulerMixin:
+    """A library scheduler over the shifted flow schedule, ready for `steps` steps."""
+    multistep = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    if solver == "euler":
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    elif solver == "unipc":
+        scheduler = UniPCMultistepScheduler(**multistep)
+    elif solver == "dpm":
+        scheduler = DPMSolverMultistepScheduler(**multistep)
+    else:
+        raise ValueError(f"solver '{solver}' is unknown; expected one of {', '.join(SOLVERS)}")
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+class Solver:
+    """Steps one stretch of frames from noise to data; multistep solvers keep their history here, one per stretch.
+
+    All solvers act on each latent element alone, so a stretch gives the same numbers as the whole video would.
+    """
+
+    def __init__(self, scheduler: SchedulerMixin) -> None:
+        self._scheduler = copy.deepcopy(scheduler)
+        self._scheduler.set_begin_index(0)
+
+    def step(self, latents: Tensor, velocity: Tensor, step: int) -> Tensor:
+        """Latents of step `step` + 1, in float32."""
+        timestep = self._scheduler.timesteps[step]
+        return self._scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+
+    def state(self) -> dict:
+        """What changes from step to step, as tensors, numbers and lists of them."""
+        return {k: v for k, v in vars(self._scheduler).items() if isinstance(v, (int, float, list, Tensor, type(None)))}
+
+    def restore(self, state: dict) -> None:
+        """Takes over a state that `state` gave."""
+        vars(self._scheduler).update(copy.deepcopy(state))
+
+
+def frame_noise(shape: tuple[int, int, int], frame: int, seed: int) -> Tensor:
+    """Standard normal noise [C, 1, h, w] of one latent frame: the same whatever the order or the process that asks for it."""
+    channels, height, width = shape
+    mixed = np.random.SeedSequence([seed, frame]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(mixed))
+    return torch.randn((channels, 1, height, width), generator=generator)

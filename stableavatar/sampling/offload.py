@@ -1,0 +1,60 @@
+"""Memory modes: where weights live while a generation runs. All of it is the library's own machinery."""
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from stableavatar.config import MemoryConfig
+
+if TYPE_CHECKING:
+    from stableavatar.pipeline import StableAvatarPipeline
+
+logger = logging.getLogger(__name__)
+
+
+def place(pipe: "StableAvatarPipeline", memory: MemoryConfig, device: torch.device) -> None:
+    """Puts a pipeline's models where a memory mode wants them.
+
+    Args:
+        memory: `full` keeps all on the device; `model_offload` moves a model there while it is used; `group_offload` a block at
+            a time with the next one prefetched; `sequential_offload` a layer at a time. `fp8` stores the transformer's
+            matrices as 8-bit floats and computes in its dtype; `vae_tiling` encodes and decodes in tiles.
+    """
+    if memory.fp8:
+        pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=pipe.transformer.dtype)
+    if memory.vae_tiling:
+        pipe.vae.enable_tiling()
+    mode = memory.mode
+    if device.type == "cpu" and mode != "full":
+        logger.warning("memory.mode=%s moves models between host and accelerator; on the CPU they simply stay where they are", mode)
+        mode = "full"
+    if mode == "full":
+        pipe.to(device)
+    elif mode == "model_offload":
+        pipe.enable_model_cpu_offload(device=device)
+    elif mode == "sequential_offload":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        stream = device.type == "cuda"
+        pipe.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1, use_stream=stream)
+
+
+def resolve_device(name: str) -> torch.device:
+    """A usable device. Raises ValueError for one that does not exist or is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        nn.Parameter(torch.empty(1, device=device))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}); expected auto, cpu, cuda or cuda:N") from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the transformer; `auto` is bfloat16 on an accelerator and float32 on the CPU."""
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    return getattr(torch, name)

@@ -1,0 +1,86 @@
+"""Interrupted work goes on: finished stretches and the state of the rest, written atomically to a folder."""
+
+import json
+import os
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class NoRunStore:
+    """Keeps nothing."""
+
+    def load(self) -> dict | None:
+        """The last saved state, or None at the start of a run."""
+        return None
+
+    def maybe_save(self, make_state: Callable[[], dict]) -> None:
+        """Saves the state when the interval has passed."""
+
+    def put(self, index: int, latents: Tensor) -> None:
+        """Keeps a finished stretch [C, n, h, w]."""
+
+    def get(self, index: int) -> Tensor | None:
+        """A finished stretch, None where there is none."""
+        return None
+
+
+NO_RUN_STORE = NoRunStore()
+
+
+class RunStore(NoRunStore):
+    """State of one run in `folder`.
+
+    Args:
+        folder: made if absent.
+        identity: everything that the result depends on; a folder of another run is refused.
+        every: seconds between saves.
+    """
+
+    def __init__(self, folder: Path, identity: dict, every: float) -> None:
+        self.folder, self.every, self._saved = Path(folder), every, time.monotonic()
+        record, wanted = self.folder / "run.json", json.dumps(identity, sort_keys=True, indent=1)
+        if record.exists() and record.read_text() != wanted:
+            old = json.loads(record.read_text())
+            names = ", ".join(k for k in sorted(identity | old) if identity.get(k) != old.get(k))
+            raise ValueError(f"work_dir {self.folder} holds another run (differs in: {names}); choose another folder or delete it")
+        (self.folder / "finished").mkdir(parents=True, exist_ok=True)
+        self._write(record, lambda path: path.write_text(wanted))
+
+    def load(self) -> dict | None:
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); delete {self.folder} to start again") from error
+
+    def maybe_save(self, make_state: Callable[[], dict]) -> None:
+        if time.monotonic() - self._saved < self.every:
+            return
+        state = make_state()
+        self._write(self.folder / "state.pt", lambda path: torch.save(state, path))
+        self._saved = time.monotonic()
+
+    def put(self, index: int, latents: Tensor) -> None:
+        self._write(self._stretch(index), lambda path: torch.save(latents.clone(), path))
+
+    def get(self, index: int) -> Tensor | None:
+        path = self._stretch(index)
+        return torch.load(path, weights_only=True) if path.exists() else None
+
+    def _stretch(self, index: int) -> Path:
+        return self.folder / "finished" / f"{index:06d}.pt"
+
+    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Writes beside the target and moves it in place, so that a kill at any moment leaves a whole file."""
+        partial = path.with_name(path.name + ".partial")
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)

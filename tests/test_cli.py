@@ -1,0 +1,225 @@
+"""inference.py: a video with its record, lists of cases, and one clear line for every mistake."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+import inference
+from scripts.make_tiny_model import tiny_pipeline
+from stableavatar.config import InferenceConfig, settings
+from stableavatar.pipeline import StableAvatarPipeline
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["steps=2", "windows.frames=9", "windows.overlap=1", "guidance.name=none"]
+
+
+@pytest.fixture
+def model() -> str:
+    return str(ROOT / "examples/puppet")
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch) -> Path:
+    """A working folder with a portrait, 0.4 s of sound, and a model that cannot be loaded."""
+    monkeypatch.chdir(tmp_path)
+    noise = np.random.default_rng(0)
+    Image.fromarray(noise.integers(0, 255, (40, 30, 3), np.uint8)).resize((120, 160)).save("face.png")
+    soundfile.write("voice.wav", noise.normal(0, 0.1, 6400), 16000)
+    Path("anything").mkdir()
+    Path("anything/model_index.json").touch()
+    return tmp_path
+
+
+def words(model: str, *more: str) -> list[str]:
+    inputs = ["reference=face.png", "audio=voice.wav", "output=out.mp4"]
+    return [str(ROOT / "configs/inference/puppet.yaml"), f"model={model}", *inputs, *QUICK, *more]
+
+
+def errors(caplog) -> list[str]:
+    return [entry.getMessage() for entry in caplog.records if entry.levelno >= logging.ERROR]
+
+
+def test_help_prints_every_setting(capsys):
+    with pytest.raises(SystemExit) as caught:
+        inference.main(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert all(f"  {key}  (default: " in text and limits.help in text for key, (_, _, limits) in settings(InferenceConfig()).items())
+
+
+def test_a_portrait_and_a_voice_become_a_video_with_a_record(desk, model):
+    assert inference.main(words(model, "frames_dir=frames", "prompt=A person: talking", "seed=3")) == 0
+    assert {path.name for path in desk.iterdir()} == {"face.png", "voice.wav", "anything", "out.mp4", "out.json", "frames"}
+    assert len(list((desk / "frames").iterdir())) == 10
+    reader = imageio_ffmpeg.read_frames("out.mp4")
+    facts = next(reader)
+    assert facts["size"] == (64, 64) and facts["fps"] == 25 and facts["audio_codec"] == "aac" and len(list(reader)) == 10
+    record = json.loads((desk / "out.json").read_text())
+    assert record["frames"] == 10 and record["seconds"] == 0.4
+    assert record["settings"]["seed"] == 3 and record["settings"]["guidance"]["name"] == "none"
+    assert {"torch", "diffusers", "transformers", "stableavatar"} <= record["versions"].keys()
+    assert record["timings"]["total_seconds"] > 0 and record["peak_memory"]["host_bytes"] > 0
+
+
+def test_the_same_seed_gives_the_same_file(desk, model):
+    def make(name: str, seed: int) -> bytes:
+        assert inference.main(words(model, f"output={name}", f"seed={seed}")) == 0
+        return b"".join(np.asarray(frame).tobytes() for frame in list(imageio_ffmpeg.read_frames(name))[1:])
+
+    first = make("a.mp4", 1)
+    assert make("b.mp4", 1) == first != make("c.mp4", 2)
+
+
+def bad_png(desk: Path) -> None:
+    (desk / "bad.png").write_bytes((desk / "face.png").read_bytes()[:500])
+
+
+def bad_wav(desk: Path) -> None:
+    soundfile.write(desk / "nan.wav", np.full(1600, np.nan, np.float32), 16000, subtype="FLOAT")
+    (desk / "cut.wav").write_bytes((desk / "voice.wav").read_bytes()[:3000])
+    (desk / "empty.wav").touch()
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("reference=none.png", "none.png"),
+        ("reference=voice.wav", "not an image"),
+        ("reference=bad.png", "bad.png"),
+        ("reference=", "reference is missing; give reference=FILE"),
+        ("audio=none.wav", "none.wav"),
+        ("audio=face.png", "audio"),
+        ("audio=nan.wav", "NaN"),
+        ("audio=cut.wav", "truncated"),
+        ("audio=empty.wav", "empty"),
+        ("output=out.avi", ".mp4"),
+        ("output=.", "must be the name of an .mp4 file"),
+        ("output=face.png/out.mp4", "cannot write to face.png"),
+        ("output=/proc/nowhere/out.mp4", "cannot write to /proc/nowhere"),
+        ("width=0", "width must be at least 1, got 0"),
+        ("windows.overlap=3", "windows.overlap must be smaller than the window"),
+        ("steps=several", "steps must be a whole number"),
+        ("stepz=3", "the nearest is 'steps'"),
+        ("device=cuda:99", "device 'cuda:99' cannot be used"),
+        ("device=toaster", "device 'toaster' cannot be used"),
+        ("cases=none.yaml", "none.yaml"),
+        ("model=nowhere", "nowhere is no pipeline folder"),
+        ("model=", "no model is named"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_weights_load(desk, caplog, monkeypatch, word, message):
+    bad_png(desk)
+    bad_wav(desk)
+    before = sorted(desk.rglob("*"))
+    monkeypatch.setattr(StableAvatarPipeline, "from_config", lambda config: pytest.fail("weights were loaded"))
+    assert inference.main(words("anything", word)) == 2
+    (line,) = errors(caplog)
+    assert message in line and "\n" not in line
+    assert sorted(desk.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("word", "message"), [("attention=best", "best")])
+def test_a_mistake_about_the_model_is_one_line(desk, model, caplog, word, message):
+    assert inference.main(words(model, word)) == 2
+    (line,) = errors(caplog)
+    assert message in line and not list(desk.glob("*out*"))
+
+
+def test_an_unreadable_yaml_and_an_unknown_flag(desk, caplog, capsys):
+    assert inference.main(["none.yaml"]) == 2 and "none.yaml" in errors(caplog)[0]
+    with pytest.raises(SystemExit) as caught:
+        inference.main(["--steps", "3"])
+    assert caught.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_list_of_cases_goes_on_after_a_bad_one(desk, model, caplog, monkeypatch):
+    (desk / "list.csv").write_text(
+        "reference,audio,prompt,output,seed,windows.tail\n"
+        "face.png,voice.wav,\"One, talking\",one.mp4,5,\n"
+        "none.png,voice.wav,Two,two.mp4,,\n"
+        "face.png,voice.wav,Three,sub/three.mp4,6,cut\n"
+        "face.png,voice.wav,Four,one.mp4,,\n"
+    )
+    loads, load = [], StableAvatarPipeline.from_config
+    monkeypatch.setattr(StableAvatarPipeline, "from_config", lambda config: loads.append(1) or load(config))
+    assert inference.main(words(model, "cases=list.csv", "frames_dir=frames")) == 1
+    two, four = errors(caplog)
+    assert two.startswith("case 2: ") and "none.png" in two and four.startswith("case 4: ") and "one.mp4" in four
+    assert (desk / "one.mp4").exists() and (desk / "sub/three.mp4").exists() and not (desk / "two.mp4").exists() and len(loads) == 1
+    one, three = (json.loads((desk / name).read_text())["settings"] for name in ("one.json", "sub/three.json"))
+    assert (one["seed"], one["prompt"], three["seed"], three["windows"]["tail"]) == (5, "One, talking", 6, "cut")
+    assert sorted(path.name for path in (desk / "frames").iterdir()) == ["case_001", "case_003"]
+
+
+def test_a_yaml_list_whose_cases_are_all_good(desk, model):
+    (desk / "list.yaml").write_text("- {output: a.mp4}\n- {output: b.mp4, guidance: {name: cfg}}\n")
+    assert inference.main(words(model, "cases=list.yaml")) == 0
+    assert (desk / "a.mp4").exists() and (desk / "b.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{output: a.mp4, seeed: 3}", "case 1: unknown setting 'seeed'; the nearest is 'seed'"),
+        ("{output: a.mp4, dtype: float16}", "case 1: dtype must be the same for all cases"),
+        ("{output: a.mp4, memory: {fp8: true}}", "case 1: memory.fp8 must be the same for all cases"),
+    ],
+)
+def test_a_bad_row_is_reported(desk, caplog, monkeypatch, row, message):
+    (desk / "list.yaml").write_text(f"- {row}\n")
+    monkeypatch.setattr(StableAvatarPipeline, "from_config", lambda config: pytest.fail("weights were loaded"))
+    assert inference.main(words("anything", "cases=list.yaml")) == 1
+    (line,) = errors(caplog)
+    assert line.startswith(message)
+
+
+@pytest.mark.parametrize("file", ["a.yaml:a: 1", "a.yaml:[1, 2]", "a.yaml:", "a.csv:", "a.csv:seed\n1,2,3\n"])
+def test_a_bad_list_is_one_line(desk, caplog, file):
+    name, _, text = file.partition(":")
+    (desk / name).write_text(text)
+    assert inference.main(words("anything", f"cases={name}")) == 2
+    assert len(errors(caplog)) == 1
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(desk, model, stop):
+    command = [sys.executable, str(ROOT / "inference.py"), *words(model, "steps=1000", "output=new/out.mp4")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        give_up = time.monotonic() + 120
+        while not (desk / "new").exists() and process.poll() is None and time.monotonic() < give_up:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(stop)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert {path.name for path in desk.iterdir()} == {"face.png", "voice.wav", "anything"}
+
+
+def test_a_mistake_prints_one_line_and_nothing_else(desk):
+    command = [sys.executable, str(ROOT / "inference.py"), *words("anything", "reference=none.png")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("error: ") and len(run.stderr.splitlines()) == 1
+
+
+def test_the_tiny_model_in_the_repository_is_the_one_its_script_makes():
+    made = tiny_pipeline()
+    kept = StableAvatarPipeline.from_pretrained(ROOT / "examples/puppet", local_files_only=True)
+    for name, module in made.components.items():
+        if isinstance(module, torch.nn.Module):
+            shapes = {key: value.shape for key, value in module.state_dict().items()}
+            assert {key: value.shape for key, value in getattr(kept, name).state_dict().items()} == shapes, name

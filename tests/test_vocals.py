@@ -1,0 +1,42 @@
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from media_files import tone
+
+from stableavatar.data.vocals import separate_vocals
+from stableavatar.media import AudioTrack
+
+
+@pytest.fixture
+def wav(tmp_path: Path) -> Path:
+    soundfile.write(tmp_path / "tone.wav", tone(), 44_100)
+    return tmp_path / "tone.wav"
+
+
+def test_vocals_say_what_is_missing(tmp_path: Path, wav: Path) -> None:
+    words = "audio-separator" if find_spec("audio_separator") is None else "Kim_Vocal_2"
+    with pytest.raises(ValueError, match=words):
+        separate_vocals(wav, tmp_path / "Kim_Vocal_2.onnx", tmp_path)
+    with pytest.raises(ValueError, match="no such file"):
+        separate_vocals(tmp_path / "no.wav", tmp_path / "Kim_Vocal_2.onnx", tmp_path)
+
+
+def test_vocals_of_a_pass_through_model(tmp_path: Path, wav: Path) -> None:
+    pytest.importorskip("audio_separator")
+    onnx = pytest.importorskip("onnx")
+    ends = [onnx.helper.make_tensor_value_info(name, 1, ["batch", 4, 3072, 256]) for name in ("input", "output")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["input"], ["output"])], "pass", ends[:1], ends[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+    onnx.save(model, tmp_path / "Kim_Vocal_2.onnx")
+    before = os.environ["PATH"]
+    path = separate_vocals(wav, tmp_path / "Kim_Vocal_2.onnx", tmp_path / "vocals")
+    with AudioTrack(path) as voice, AudioTrack(wav) as source:
+        pair = np.stack([track.read(1000, 15_000) for track in (voice, source)])
+    assert np.corrcoef(pair)[0, 1] > 0.99 and os.environ["PATH"] == before and os.listdir(tmp_path / "vocals") == ["vocals.wav"]
+    (tmp_path / "Kim_Vocal_2.onnx").write_bytes(b"x" * 1000)
+    with pytest.raises(ValueError, match="damaged"):
+        separate_vocals(wav, tmp_path / "Kim_Vocal_2.onnx", tmp_path / "vocals")
