@@ -5,6 +5,7 @@ python inference.py configs/inference/NAME.yaml reference=face.png audio=speech.
 
 import argparse
 import logging
+import os
 import signal
 import sys
 
@@ -37,6 +38,8 @@ def set_up_logging(verbose: bool) -> None:
     errors.setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[messages, errors])
     logging.captureWarnings(True)
+    if not verbose:  # The libraries' remarks on how they load; what matters to a user is checked and said by us.
+        os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     logging.getLogger("stableavatar").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 

@@ -19,6 +19,7 @@ import torch
 from stableavatar import __version__
 from stableavatar.config import InferenceConfig, flatten, override, read_yaml, settings
 from stableavatar.data.vocals import separate_vocals
+from stableavatar.folders import check_index
 from stableavatar.geometry import round_size
 from stableavatar.media import AudioTrack, VideoWriter, read_image, write_sidecar
 from stableavatar.pipeline import StableAvatarPipeline
@@ -134,13 +135,12 @@ def plan_case(config: InferenceConfig, row: dict[str, Any], number: int) -> Infe
 
 
 def check_model(config: InferenceConfig) -> None:
-    """Raise ValueError if the device is not there or no model is named; the files themselves are checked as they load."""
+    """Raise ValueError if the device is not there or no model is named; its files are checked as they load."""
     resolve_device(config.device)
     if not (config.model or config.checkpoints):
         raise ValueError("no model is named; give model=FOLDER (a complete pipeline) or checkpoints=FOLDER (the released files)")
-    if config.model and not Path(config.model, "model_index.json").is_file():
-        advice = "scripts/make_tiny_model.py makes a tiny one"
-        raise ValueError(f"model {config.model} is no pipeline folder: it has no model_index.json; {advice}")
+    if config.model:
+        check_index(StableAvatarPipeline, Path(config.model))
 
 
 def check_inputs(case: InferenceConfig) -> None:

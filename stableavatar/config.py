@@ -72,7 +72,7 @@ class WindowConfig:
                            choices=("log", "uniform", "fixed", "none"))
     order: str = setting("wavefront", "step_major runs every window at each step; wavefront gives the same video and streams it out",
                          choices=("step_major", "wavefront"))
-    tail: str = setting("shift", "the last window: cut it short, or shift it back to full length", choices=("cut", "shift"))
+    tail: str = setting("cut", "the last window: cut it short as in the paper, or shift it back to full length", choices=("cut", "shift"))
 
 
 @dataclass

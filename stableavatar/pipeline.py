@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -17,6 +17,7 @@ from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase,
 from stableavatar import __version__, geometry
 from stableavatar.config import InferenceConfig
 from stableavatar.encoders import encode_audio, encode_image, encode_text
+from stableavatar.folders import load_folder
 from stableavatar.media import AudioTrack, fit_image, read_image
 from stableavatar.models.dit import AvatarTransformer
 from stableavatar.models.weights import load_released
@@ -93,7 +94,7 @@ class StableAvatarPipeline(DiffusionPipeline):
         dtype = resolve_dtype(config.dtype, device)
         if config.model:
             dtypes = {"default": dtype, "vae": torch.float32, "audio_encoder": torch.float32}
-            pipe = cls.from_pretrained(config.model, dtype=dtypes, local_files_only=True)
+            pipe = load_folder(cls, Path(config.model), dtypes)
         else:
             pipe = cls.from_released(config.checkpoints, config.transformer, config.base, config.wav2vec, dtype)
         pipe.transformer.set_attention_backend(config.attention)
@@ -102,7 +103,9 @@ class StableAvatarPipeline(DiffusionPipeline):
             pipe.transformer.compile_repeated_blocks()
         return pipe
 
-    def __call__(self, reference: Image.Image | str, audio: AudioTrack | str, prompt: str = "", config: InferenceConfig | None = None) -> Tensor:
+    def __call__(
+        self, reference: Image.Image | str, audio: AudioTrack | str, prompt: str = "", config: InferenceConfig | None = None
+    ) -> Tensor:
         """All frames [T, H, W, 3] uint8 of a video; for long ones `stream` needs less memory."""
         return torch.cat(list(self.stream(reference, audio, prompt, config)))
 
@@ -184,7 +187,9 @@ class StableAvatarPipeline(DiffusionPipeline):
         features = encode_audio(self.audio_encoder, self.audio_processor, waveform)
         return features.to(self._execution_device, self.transformer.dtype)
 
-    def denoise(self, conditioning: Conditioning, frames: int, config: InferenceConfig, store: NoRunStore = NO_RUN_STORE) -> Iterator[Tensor]:
+    def denoise(
+        self, conditioning: Conditioning, frames: int, config: InferenceConfig, store: NoRunStore = NO_RUN_STORE
+    ) -> Iterator[Tensor]:
         """Finished latents [16, n, h, w] from the first to the last, float32 on the host.
 
         Args:
@@ -217,7 +222,7 @@ class StableAvatarPipeline(DiffusionPipeline):
         tail = frames[:, -geometry.latents_to_frames(overlap) :]
         return reference_channels(self._encode_video(tail, clip.shape[1]), known=overlap)
 
-    def _decode(self, latents: Iterator[Tensor], frames: int, on_progress) -> Iterator[Tensor]:
+    def _decode(self, latents: Iterator[Tensor], frames: int, on_progress: Callable[[int], object]) -> Iterator[Tensor]:
         """Pixels of a stream of latents, cut after `frames`."""
         left = frames
         for chunk in self.vae.decode_stream(part.to(self._execution_device) for part in latents):

@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from make_tiny_model import tiny_pipeline, tiny_transformer  # noqa: E402
 
+torch.set_flush_denormal(True)  # as the command line does: zero frames make denormals, which are slow
+
 from stableavatar.config import InferenceConfig, override  # noqa: E402
 from stableavatar.models.dit import AudioFeatures, Conditions  # noqa: E402
 

@@ -38,7 +38,7 @@ def desk(tmp_path, monkeypatch) -> Path:
     Image.fromarray(noise.integers(0, 255, (40, 30, 3), np.uint8)).resize((120, 160)).save("face.png")
     soundfile.write("voice.wav", noise.normal(0, 0.1, 6400), 16000)
     Path("anything").mkdir()
-    Path("anything/model_index.json").touch()
+    Path("anything/model_index.json").write_text('{"_class_name": "StableAvatarPipeline"}')
     return tmp_path
 
 

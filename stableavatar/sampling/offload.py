@@ -4,7 +4,6 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from stableavatar.config import MemoryConfig
 
@@ -42,15 +41,13 @@ def place(pipe: "StableAvatarPipeline", memory: MemoryConfig, device: torch.devi
 
 
 def resolve_device(name: str) -> torch.device:
-    """A usable device. Raises ValueError for one that does not exist or is not there."""
+    """A usable device; `auto` is the GPU where there is one. Raises ValueError for one that this machine lacks."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        nn.Parameter(torch.empty(1, device=device))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}); expected auto, cpu, cuda or cuda:N") from error
-    return device
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *(["mps"] if torch.backends.mps.is_available() else [])]
+    if name not in here and name not in {usable.partition(":")[0] for usable in here}:
+        raise ValueError(f"device must be auto or one of {', '.join(here)} on this machine, got '{name}'")
+    return torch.device(name)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

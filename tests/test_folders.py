@@ -1,0 +1,50 @@
+"""Pipeline folders load whole, or not at all with one line that says why."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from stableavatar.folders import load_folder
+from stableavatar.pipeline import StableAvatarPipeline
+
+MODEL = Path(__file__).parents[1] / "examples/puppet"
+DTYPES = {"default": torch.float32}
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_whole_folder_loads():
+    pipe = load_folder(StableAvatarPipeline, MODEL, DTYPES)
+    assert not any(tensor.is_meta for tensor in pipe.transformer.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", cut_in_half, "transformer/diffusion_pytorch_model.safetensors"),
+        ("text_encoder/model.safetensors", cut_in_half, "cannot load the pipeline"),
+        ("vae/diffusion_pytorch_model.safetensors", Path.unlink, "diffusion_pytorch_model.safetensors"),
+        ("vae", shutil.rmtree, "lacks vae"),
+        ("", shutil.rmtree, "has no model_index.json"),
+        ("model_index.json", cut_in_half, "is not JSON"),
+        ("model_index.json", lambda path: path.write_text('{"_class_name": "WanPipeline"}'), "holds a WanPipeline"),
+        ("model_index.json", lambda path: path.write_text("[]"), "holds a None"),
+        ("transformer/config.json", lambda path: path.write_text(path.read_text().replace('"dim": 64', '"dim": 128')), "shape"),
+        (
+            "transformer/diffusion_pytorch_model.safetensors",
+            lambda path: shutil.copy(path.parents[1] / "vae" / path.name, path),
+            "transformer is of another model than its config.json: it lacks audio_adapter",
+        ),
+    ],
+)
+def test_a_damaged_or_foreign_folder_is_one_line(tmp_path, file, damage, message):
+    folder = tmp_path / "damaged"
+    shutil.copytree(MODEL, folder)
+    damage(folder / file)
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
+        load_folder(StableAvatarPipeline, folder, DTYPES)
+    assert message in str(caught.value)
