@@ -79,8 +79,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     arguments = parser.parse_args()
-    tiny_pipeline(arguments.seed).save_pretrained(arguments.folder)
+    tiny_pipeline(arguments.seed).to(getattr(torch, arguments.dtype)).save_pretrained(arguments.folder)
     print(f"wrote {arguments.folder}")
 
 

@@ -192,9 +192,17 @@ def heard(case: InferenceConfig, scratch: str) -> str | Path:
     return separate_vocals(case.audio, case.vocal_separator, scratch) if case.vocal_separator else case.audio
 
 
+def peak_host_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss starts at what the parent process had
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def record(case: InferenceConfig, frames: int, timings: dict[str, float | None]) -> dict[str, Any]:
     """The sidecar: everything needed to make the same video again, and what it cost."""
-    peak = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+    peak = {"host_bytes": peak_host_bytes()}
     if torch.cuda.is_available():
         peak["device_bytes"] = torch.cuda.max_memory_allocated()
     return {

@@ -131,7 +131,7 @@ class StableAvatarPipeline(DiffusionPipeline):
             width, height = self.frame_size(config)
             pixels = fit_image(image, width, height, config.fit)
             frames = self.frame_count(audio, config)
-            conditioning = self.encode(pixels, audio, prompt, config)
+            conditioning = self.encode(pixels, audio, prompt, frames, config)
             latents = self.denoise(conditioning, frames, config, self._run_store(pixels, audio, prompt, config))
             bar = stack.enter_context(self.progress_bar(total=frames))
             bar.set_description("decode")
@@ -149,11 +149,12 @@ class StableAvatarPipeline(DiffusionPipeline):
         return size
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor, audio: AudioTrack, prompt: str, config: InferenceConfig) -> Conditioning:
+    def encode(self, pixels: Tensor, audio: AudioTrack, prompt: str, frames: int, config: InferenceConfig) -> Conditioning:
         """Text, image and reference once; audio window by window when it is needed.
 
         Args:
             pixels: reference image [3, H, W] in [-1, 1].
+            frames: pixel frames of the video.
         """
         device, dtype = self._execution_device, self.transformer.dtype
         prompts = {Text.POSITIVE: prompt, Text.NEGATIVE: config.negative_prompt}
@@ -166,7 +167,7 @@ class StableAvatarPipeline(DiffusionPipeline):
             bar.update()
             image = encode_image(self.image_encoder, pixels[None]).to(device, dtype)
             bar.update()
-            reference = self._encode_video(pixels[:, None], geometry.frames_to_latents(config.windows.frames))
+            reference = self._encode_video(pixels[:, None], geometry.frames_to_latents(min(frames, config.windows.frames)))
             bar.update()
         return Conditioning(text, image, reference_channels(reference, known=1), partial(self._encode_window, audio, config.fps))
 
@@ -225,12 +226,19 @@ class StableAvatarPipeline(DiffusionPipeline):
     def _decode(self, latents: Iterator[Tensor], frames: int, on_progress: Callable[[int], object]) -> Iterator[Tensor]:
         """Pixels of a stream of latents, cut after `frames`."""
         left = frames
-        for chunk in self.vae.decode_stream(part.to(self._execution_device) for part in latents):
+        for chunk in self.vae.decode_stream(self._finite(part).to(self._execution_device) for part in latents):
             chunk = ((chunk[:, :left] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
             left -= len(chunk)
             if len(chunk):
                 yield chunk
             on_progress(len(chunk))
+
+    def _finite(self, latents: Tensor) -> Tensor:
+        """The latents, unless the network produced numbers that are none."""
+        if not torch.isfinite(latents).all():
+            advice = "try dtype=bfloat16 or float32" if self.transformer.dtype == torch.float16 else "is the checkpoint whole?"
+            raise ValueError(f"the transformer produced NaN or infinite latents in {self.transformer.dtype}; {advice}")
+        return latents
 
     def _run_store(self, pixels: Tensor, audio: AudioTrack, prompt: str, config: InferenceConfig) -> NoRunStore:
         """The store of a resumable run, if one is wanted."""

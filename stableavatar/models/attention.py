@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from stableavatar.models import kernels
 from stableavatar.models.cache import NoCache
 from stableavatar.models.layout import TokenLayout
+from stableavatar.models.modulation import RMSNorm
 from stableavatar.models.rope import Rotary, rotate
 
 
@@ -36,7 +37,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.head_dim = dim // heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
         self.attend: kernels.Attend = kernels.attend
 
     def split(self, x: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class ConditionAttention(Attention):
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__(dim, heads, eps)
-        self.k_img, self.v_img, self.norm_k_img = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.RMSNorm(dim, eps)
+        self.k_img, self.v_img, self.norm_k_img = nn.Linear(dim, dim), nn.Linear(dim, dim), RMSNorm(dim, eps)
         self.k_audio, self.v_audio = nn.Linear(dim, dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Context, layout: TokenLayout) -> Tensor:

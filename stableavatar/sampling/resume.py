@@ -80,7 +80,10 @@ class RunStore(NoRunStore):
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         """Writes beside the target and moves it in place, so that a kill at any moment leaves a whole file."""
         partial = path.with_name(path.name + ".partial")
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            write(partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
