@@ -1,6 +1,7 @@
 """Text, image and audio encoders: three functions around the libraries' models, each run once per generation or window.
 
-They run without gradients where the model is, and return what it computes in, in the model's dtype.
+They run without gradients and return the model's dtype. `device` is where to run: a model that is offloaded is not there yet
+(default: where its weights are).
 """
 
 import html
@@ -25,7 +26,13 @@ def clean_prompt(prompt: str) -> str:
 
 
 @torch.no_grad()
-def encode_text(model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int = TEXT_LENGTH) -> Tensor:
+def encode_text(
+    model: UMT5EncoderModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    length: int = TEXT_LENGTH,
+    device: torch.device | None = None,
+) -> Tensor:
     """Text features, zeros after each prompt's own tokens.
 
     Args:
@@ -35,14 +42,14 @@ def encode_text(model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase, pro
         [n, length, dim]
     """
     cleaned = [clean_prompt(prompt) for prompt in prompts]
-    tokens = tokenizer(cleaned, padding=True, truncation=True, max_length=length, return_tensors="pt").to(_device(model))
+    tokens = tokenizer(cleaned, padding=True, truncation=True, max_length=length, return_tensors="pt").to(device or model.device)
     mask = tokens.attention_mask
     hidden = model(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state
     return functional.pad(hidden * mask.unsqueeze(2).to(hidden), (0, 0, 0, length - hidden.shape[1]))
 
 
 @torch.no_grad()
-def encode_image(model: PreTrainedModel, images: Tensor) -> Tensor:
+def encode_image(model: PreTrainedModel, images: Tensor, device: torch.device | None = None) -> Tensor:
     """CLIP's hidden states before the last block.
 
     Args:
@@ -53,7 +60,7 @@ def encode_image(model: PreTrainedModel, images: Tensor) -> Tensor:
         [B, 257, dim]
     """
     size = (model.config.image_size,) * 2
-    images = images.to(_device(model), torch.float32)
+    images = images.to(device or model.device, torch.float32)
     pixels = functional.interpolate(images, size, mode="bicubic", align_corners=False) / 2 + 0.5
     return encode_pixels(model, (pixels - pixels.new_tensor(CLIP_MEAN).view(3, 1, 1)) / pixels.new_tensor(CLIP_STD).view(3, 1, 1))
 
@@ -65,7 +72,9 @@ def encode_pixels(model: PreTrainedModel, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_audio(model: Wav2Vec2Model, processor: ProcessorMixin, waveform: np.ndarray) -> Tensor:
+def encode_audio(
+    model: Wav2Vec2Model, processor: ProcessorMixin, waveform: np.ndarray, device: torch.device | None = None
+) -> Tensor:
     """wav2vec2's last hidden state of one segment, scaled to zero mean and unit variance by the processor.
 
     Args:
@@ -75,9 +84,4 @@ def encode_audio(model: Wav2Vec2Model, processor: ProcessorMixin, waveform: np.n
         [1, Ta, dim], about 50 tokens a second
     """
     inputs = processor(waveform, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_values
-    return model(inputs.to(_device(model), model.dtype)).last_hidden_state
-
-
-def _device(model: PreTrainedModel) -> torch.device:
-    """Where the model runs: an offloading hook knows better than the place of the weights."""
-    return getattr(getattr(model, "_hf_hook", None), "execution_device", None) or model.device
+    return model(inputs.to(device or model.device, model.dtype)).last_hidden_state

@@ -25,7 +25,7 @@ from stableavatar.sampling.conditioning import Conditioning, reference_channels
 from stableavatar.sampling.denoise import GuidedVelocity, SlidingWindows, denoise_motion_frames, denoise_windows
 from stableavatar.sampling.flow import make_scheduler
 from stableavatar.sampling.guidance import Guidance, Text
-from stableavatar.sampling.offload import place, resolve_device, resolve_dtype
+from stableavatar.sampling.offload import mode_for, place, resolve_device, resolve_dtype
 from stableavatar.sampling.resume import NO_RUN_STORE, NoRunStore, RunStore
 from stableavatar.sampling.step_cache import StepCache
 from stableavatar.sampling.windows import Window, WindowPlan
@@ -98,7 +98,7 @@ class StableAvatarPipeline(DiffusionPipeline):
         else:
             pipe = cls.from_released(config.checkpoints, config.transformer, config.base, config.wav2vec, dtype)
         pipe.transformer.set_attention_backend(config.attention)
-        place(pipe, config.memory, device)
+        place(pipe, mode_for(config.memory, device), device)
         if config.compile:
             pipe.transformer.compile_repeated_blocks()
         return pipe
@@ -162,10 +162,11 @@ class StableAvatarPipeline(DiffusionPipeline):
             del prompts[Text.NEGATIVE]
         with self.progress_bar(total=3) as bar:
             bar.set_description("encode")
-            embeds = encode_text(self.text_encoder, self.tokenizer, list(prompts.values()), self.transformer.config.text_length)
+            length = self.transformer.config.text_length
+            embeds = encode_text(self.text_encoder, self.tokenizer, list(prompts.values()), length, device)
             text = {name: embed[None].to(device, dtype) for name, embed in zip(prompts, embeds, strict=True)}
             bar.update()
-            image = encode_image(self.image_encoder, pixels[None]).to(device, dtype)
+            image = encode_image(self.image_encoder, pixels[None], device).to(device, dtype)
             bar.update()
             reference = self._encode_video(pixels[:, None], geometry.frames_to_latents(min(frames, config.windows.frames)))
             bar.update()
@@ -185,7 +186,7 @@ class StableAvatarPipeline(DiffusionPipeline):
         stop = first + geometry.latents_to_frames(window.stop - window.start)
         start = geometry.frame_samples(first, fps)
         waveform = audio.read(start, max(geometry.frame_samples(stop, fps), start + geometry.MIN_SAMPLES))
-        features = encode_audio(self.audio_encoder, self.audio_processor, waveform)
+        features = encode_audio(self.audio_encoder, self.audio_processor, waveform, self._execution_device)
         return features.to(self._execution_device, self.transformer.dtype)
 
     def denoise(

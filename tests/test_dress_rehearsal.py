@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, UMT5Config, Wav2Vec2Config
 
 from stableavatar.models.key_maps import AUDIO_TENSOR
 from stableavatar.pipeline import StableAvatarPipeline
@@ -17,25 +16,16 @@ KEYS = ROOT.parent / "shared" / "reference" / "checkpoint_keys.json"
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from dress_rehearsal import MARK, RELEASE_1_3B, Release, main, parts, write_inputs, write_release  # noqa: E402
+from make_tiny_model import tiny_pipeline  # noqa: E402
 
-WIDTH = 32
+SMALL = tiny_pipeline()
 TINY = Release(
-    transformer={"dim": 64, "num_heads": 4, "num_layers": 2, "ffn_dim": 128, "freq_dim": WIDTH}
-    | dict.fromkeys(("text_dim", "image_dim", "audio_dim"), WIDTH),
-    vae={"base_dim": 8},
-    text=UMT5Config(vocab_size=384, d_model=WIDTH, d_kv=8, d_ff=64, num_layers=1, num_heads=4),
-    image=CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=64, projection_dim=16, num_hidden_layers=2, num_attention_heads=2, patch_size=14
-    ),
-    speech=Wav2Vec2Config(
-        hidden_size=WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        conv_dim=(16,) * 7,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4,
-    ),
+    transformer={key: SMALL.transformer.config[key] for key in ("dim", "num_heads", "num_layers", "ffn_dim", "freq_dim")}
+    | {key: SMALL.transformer.config[key] for key in ("text_dim", "image_dim", "audio_dim")},
+    vae={"base_dim": SMALL.vae.config.base_dim},
+    text=SMALL.text_encoder.config,
+    image=SMALL.image_encoder.config,
+    speech=SMALL.audio_encoder.config,
 )
 
 

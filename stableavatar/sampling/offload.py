@@ -1,6 +1,7 @@
 """Memory modes: where weights live while a generation runs. All of it is the library's own machinery."""
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,19 +26,23 @@ def place(pipe: "StableAvatarPipeline", memory: MemoryConfig, device: torch.devi
         pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=pipe.transformer.dtype)
     if memory.vae_tiling:
         pipe.vae.enable_tiling()
-    mode = memory.mode
-    if device.type == "cpu" and mode != "full":
-        logger.warning("memory.mode=%s moves models between host and accelerator; on the CPU they simply stay where they are", mode)
-        mode = "full"
-    if mode == "full":
+    if memory.mode == "full":
         pipe.to(device)
-    elif mode == "model_offload":
+    elif memory.mode == "model_offload":
         pipe.enable_model_cpu_offload(device=device)
-    elif mode == "sequential_offload":
+    elif memory.mode == "sequential_offload":
         pipe.enable_sequential_cpu_offload(device=device)
     else:
         stream = device.type == "cuda"
         pipe.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1, use_stream=stream)
+
+
+def mode_for(memory: MemoryConfig, device: torch.device) -> MemoryConfig:
+    """The memory settings that make sense on a device: on the CPU nothing can be moved out of the way."""
+    if device.type != "cpu" or memory.mode == "full":
+        return memory
+    logger.warning("memory.mode=%s moves models between host and accelerator; on the CPU they simply stay where they are", memory.mode)
+    return replace(memory, mode="full")
 
 
 def resolve_device(name: str) -> torch.device:
