@@ -20,6 +20,7 @@ from stableavatar.encoders import encode_audio, encode_image, encode_text
 from stableavatar.folders import load_folder
 from stableavatar.media import AudioTrack, fit_image, read_image
 from stableavatar.models.dit import AvatarTransformer
+from stableavatar.models.kernels import check_backend
 from stableavatar.models.weights import load_released
 from stableavatar.sampling.conditioning import Conditioning, reference_channels
 from stableavatar.sampling.denoise import GuidedVelocity, SlidingWindows, denoise_motion_frames, denoise_windows
@@ -92,13 +93,14 @@ class StableAvatarPipeline(DiffusionPipeline):
         """Loaded, placed and tuned as the settings say."""
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
+        check_backend(config.attention, device, dtype)
         if config.model:
             dtypes = {"default": dtype, "vae": torch.float32, "audio_encoder": torch.float32}
             pipe = load_folder(cls, Path(config.model), dtypes)
         else:
             pipe = cls.from_released(config.checkpoints, config.transformer, config.base, config.wav2vec, dtype)
-        pipe.transformer.set_attention_backend(config.attention)
         place(pipe, mode_for(config.memory, device), device)
+        pipe.transformer.set_attention_backend(config.attention)
         if config.compile:
             pipe.transformer.compile_repeated_blocks()
         return pipe

@@ -258,7 +258,7 @@ def test_eight_bit_storage_stays_close(dit, make_conditions):
     assert 0 < difference < 0.2 * exact.abs().max()
 
 
-@pytest.mark.parametrize("backend", ["native", "_native_math", "flex"])
+@pytest.mark.parametrize("backend", ["native", "_native_math", "_native_flash", "flex"])
 def test_every_backend_that_runs_here_agrees(backend, dit, make_conditions):
     conditions = make_conditions()
     reference = velocity(dit, conditions)
@@ -269,6 +269,14 @@ def test_every_backend_that_runs_here_agrees(backend, dit, make_conditions):
 def test_an_unknown_backend_is_an_error(dit):
     with pytest.raises(ValueError, match="expected one of"):
         dit.set_attention_backend("quick")
+
+
+@pytest.mark.parametrize("backend", ["flash", "sage", "_native_cudnn", "flash_hub"])
+def test_a_backend_that_cannot_run_here_is_one_line(backend):
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="attention backend"):
+            kernels.check_backend(backend, torch.device("cpu"), torch.float32)
+    kernels.check_backend("native", torch.device("cpu"), torch.bfloat16)
 
 
 def test_compiled_blocks_agree(dit, make_conditions):

@@ -186,12 +186,15 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 nn.init.zeros_(linear.bias)
 
     def set_attention_backend(self, backend: str) -> None:
-        """Runs attention on one of the library's backends by name; heads over 256 wide stay on the native one."""
-        if backend not in kernels.backend_names():
-            raise ValueError(f"attention backend '{backend}' is unknown; expected one of {', '.join(kernels.backend_names())}")
+        """Runs attention on one of the library's backends by name; heads over 256 wide stay on the native one.
+
+        Raises:
+            ValueError: unknown (`kernels.check_backend` tells whether one runs on a device).
+        """
+        attend = partial(kernels.attend, backend=kernels.known_backend(backend))
         for module in self.modules():
             if isinstance(module, Attention) and module.head_dim <= MAX_FLASH_HEAD_DIM:
-                module.attend = partial(kernels.attend, backend=backend)
+                module.attend = attend
 
     def forward(
         self,

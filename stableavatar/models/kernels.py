@@ -43,5 +43,22 @@ def _rectangle(q: Tensor, k: Tensor, v: Tensor, columns: tuple[slice, ...], key_
 
 
 def backend_names() -> list[str]:
-    """Names that `attend` takes as `backend`."""
-    return [name.value for name in AttentionBackendName]
+    """Names that `attend` takes as `backend`: diffusers', less those that download their kernel."""
+    return [name.value for name in AttentionBackendName if not name.value.endswith("_hub")]
+
+
+def known_backend(name: str) -> str:
+    """The name itself. Raises ValueError for one that `attend` does not take."""
+    if name not in backend_names():
+        raise ValueError(f"attention backend '{name}' is unknown; expected one of {', '.join(backend_names())}")
+    return name
+
+
+def check_backend(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError unless a backend exists and runs here, by trying it on a few tokens of 128-wide heads."""
+    tokens = torch.zeros(1, 16, 1, 128, device=device, dtype=dtype)
+    try:
+        attend(tokens, tokens, tokens, backend=known_backend(name))
+    except (RuntimeError, TypeError, ImportError, AttributeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"attention backend '{name}' does not run on {device.type} in {dtype} here ({reason}); install what it needs (requirements-gpu.txt) or use native") from error
