@@ -60,5 +60,5 @@ def check_backend(name: str, device: torch.device, dtype: torch.dtype) -> None:
     try:
         attend(tokens, tokens, tokens, backend=known_backend(name))
     except (RuntimeError, TypeError, ImportError, AttributeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"attention backend '{name}' does not run on {device.type} in {dtype} here ({reason}); install what it needs (requirements-gpu.txt) or use native") from error
+        reason = f"does not run on {device.type} in {dtype} here ({' '.join(str(error).split())[:160]})"
+        raise ValueError(f"attention backend '{name}' {reason}; install what it needs (requirements-gpu.txt) or use native") from error
