@@ -111,7 +111,7 @@ class InferenceConfig(Config):
     shift: float = setting(5.0, "shift of the noise schedule; more spends more steps on high noise", low=0.01, high=100)
     vocal_separator: str = setting("", "Kim_Vocal_2.onnx, to hear only the voice in music or noise; empty for off")
 
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", fixed=True)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", fixed=True)
     dtype: str = setting("auto", "precision of the models; auto is bfloat16 on a GPU and float32 on a CPU", fixed=True,
                          choices=("auto", "float32", "bfloat16", "float16"))
     attention: str = setting("native", "attention backend by its diffusers name: native, flash, sage, _native_cudnn, ...", fixed=True)
@@ -133,6 +133,8 @@ class InferenceConfig(Config):
         length = frames_to_latents(self.windows.frames)
         if self.windows.overlap >= length:
             raise ValueError(f"windows.overlap must be smaller than the window of {length} latent frames, got {self.windows.overlap}")
+        if self.windows.strategy == "motion_frame" and not self.windows.overlap:
+            raise ValueError("windows.strategy=motion_frame needs windows.overlap of at least 1: the frames that a clip goes on from")
 
 
 def settings(config: Any) -> dict[str, tuple[type, Any, Limits]]:
@@ -170,10 +172,15 @@ def override(config: C, values: Mapping[str, Any]) -> C:
         except OmegaConfBaseException:
             raise ValueError(f"{key} must be {EXPECTED[known[key][0]]}, got {value!r}") from None
     result = OmegaConf.to_object(tree)
-    for key, (_, value, limits) in settings(result).items():
-        check_limits(key, value, limits)
-    result.check()
+    validate(result)
     return result
+
+
+def validate(config: Config) -> None:
+    """Raise ValueError if a setting is outside its limits or contradicts another."""
+    for key, (_, value, limits) in settings(config).items():
+        check_limits(key, value, limits)
+    config.check()
 
 
 def check_limits(key: str, value: Any, limits: Limits) -> None:

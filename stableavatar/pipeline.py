@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from stableavatar import __version__, geometry
-from stableavatar.config import InferenceConfig
+from stableavatar.config import InferenceConfig, validate
 from stableavatar.encoders import encode_audio, encode_image, encode_text
 from stableavatar.folders import load_folder
 from stableavatar.media import AudioTrack, fit_image, read_image
@@ -36,6 +36,26 @@ logger = logging.getLogger(__name__)
 
 # Settings that say where results go or how often they are saved, not what they are.
 UNRELATED_TO_RESULT = {"output", "frames_dir", "cases", "work_dir", "save_every", "reference", "audio"}
+
+
+def _check_widths(transformer: AvatarTransformer, vae: WanVAE, text: UMT5EncoderModel, image: nn.Module, audio: Wav2Vec2Model) -> None:
+    """Raises ValueError if an encoder's output is not as wide as the transformer expects."""
+    pairs = {
+        "text encoder": (text.config.d_model, transformer.config.text_dim),
+        "image encoder": (image.config.hidden_size, transformer.config.image_dim),
+        "speech encoder": (audio.config.hidden_size, transformer.config.audio_dim),
+        "VAE": (vae.config.z_dim, transformer.config.out_channels),
+    }
+    for name, (got, expected) in pairs.items():
+        if got != expected:
+            raise ValueError(f"the {name} gives {got} channels, the transformer expects {expected}: they are of different models")
+
+
+def _weight_files(config: InferenceConfig) -> list[str]:
+    """Size and time of the transformer's files: a run does not go on with other weights under the same name."""
+    folder = Path(config.model) / "transformer"
+    files = sorted(folder.glob("*.safetensors")) if config.model else [Path(config.checkpoints) / config.transformer]
+    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
 
 
 class StableAvatarPipeline(DiffusionPipeline):
@@ -59,6 +79,7 @@ class StableAvatarPipeline(DiffusionPipeline):
         audio_processor: Wav2Vec2FeatureExtractor,
     ) -> None:
         super().__init__()
+        _check_widths(transformer, vae, text_encoder, image_encoder, audio_encoder)
         self.register_modules(
             transformer=transformer,
             vae=vae,
@@ -120,16 +141,18 @@ class StableAvatarPipeline(DiffusionPipeline):
             reference: portrait, an image or the path of one.
             audio: voice, a track or the path of an audio or video file.
             prompt: description of the first frame, of the behaviour, of the background.
-            config: everything else (its own reference, audio and prompt are not read).
+            config: size, sampling, guidance, windows and resuming. What concerns files and loading (reference, audio, prompt, output,
+                model, device, memory, ...) is not read here.
 
         Yields:
             [n, H, W, 3] uint8
         """
         config = config or InferenceConfig()
+        validate(config)
         with ExitStack() as stack:
             if not isinstance(audio, AudioTrack):
                 audio = stack.enter_context(AudioTrack(audio))
-            image = read_image(reference) if not isinstance(reference, Image.Image) else reference
+            image = reference.convert("RGB") if isinstance(reference, Image.Image) else read_image(reference)
             width, height = self.frame_size(config)
             pixels = fit_image(image, width, height, config.fit)
             frames = self.frame_count(audio, config)
@@ -252,4 +275,5 @@ class StableAvatarPipeline(DiffusionPipeline):
             sound.update(audio.read(start, start + geometry.SAMPLE_RATE).tobytes())
         settings = {key: value for key, value in asdict(config).items() if key not in UNRELATED_TO_RESULT}
         inputs = {"reference": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), "audio": sound.hexdigest()}
-        return RunStore(Path(config.work_dir), settings | inputs | {"prompt": prompt, "version": __version__}, config.save_every)
+        versions = {"version": __version__, "torch": torch.__version__, "weights": _weight_files(config)}
+        return RunStore(Path(config.work_dir), settings | inputs | versions | {"prompt": prompt}, config.save_every)

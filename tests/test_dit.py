@@ -84,6 +84,27 @@ def test_a_cache_that_does_not_record_stays_as_it_is(dit, make_conditions):
     assert torch.equal(first, dit(latents, times, conditions, TokenLayout.full(3), cache))
 
 
+def test_a_recording_cache_and_gradient_checkpointing_agree(dit, make_conditions):
+    """The recomputed block must not find its own keys among the past ones."""
+    conditions, dropped = make_conditions(), torch.tensor([500.0])
+
+    def gradient() -> torch.Tensor:
+        dit.zero_grad()
+        dit(noise(), dropped, conditions, TokenLayout.full(3), KVCache()).square().mean().backward()
+        return dit.blocks[0].self_attn.k.weight.grad.clone()
+
+    plain = gradient()
+    dit.enable_gradient_checkpointing()
+    torch.testing.assert_close(plain, gradient())
+
+
+def test_the_time_embedding_is_float32_under_autocast(dit):
+    times = torch.tensor([437.0])
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = dit.embed_time(times)
+    assert all(torch.equal(a, b) for a, b in zip(inside, dit.embed_time(times), strict=True))
+
+
 def dense(plan, length: int) -> torch.Tensor:
     mask = torch.zeros(length, length, dtype=torch.bool)
     for queries, keys in plan:

@@ -7,7 +7,8 @@ import pytest
 import soundfile
 import torch
 from accelerate import cpu_offload
-from make_tiny_model import tiny_pipeline
+from make_tiny_model import tiny_pipeline, tiny_transformer
+from PIL import Image
 
 from stableavatar.config import MemoryConfig
 from stableavatar.media import AudioTrack
@@ -109,6 +110,31 @@ def test_broken_weights_are_an_error_not_a_black_video(portrait, make_voice, set
     torch.nn.init.constant_(broken.transformer.head.head.bias, float("nan"))
     with pytest.raises(ValueError, match="NaN"):
         broken(str(portrait), str(make_voice(1300)), "x", settings())
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P"])
+def test_a_picture_of_any_mode_is_taken(pipe, portrait, make_voice, settings, mode):
+    with Image.open(portrait) as picture:
+        assert pipe(picture.convert(mode), str(make_voice(640)), "", settings(steps=1)).shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("field, value", [("steps", 0), ("width", 0), ("fps", 0.0), ("solver", "magic")])
+def test_settings_are_checked_here_too(pipe, portrait, make_voice, settings, field, value):
+    config = settings()
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=field):
+        pipe(str(portrait), str(make_voice(640)), "", config)
+
+
+def test_parts_of_different_models_are_an_error(pipe):
+    parts = dict(pipe.components) | {"transformer": tiny_transformer(audio_dim=48)}
+    with pytest.raises(ValueError, match="speech encoder gives 32"):
+        StableAvatarPipeline(**parts)
+
+
+def test_motion_frames_need_an_overlap(settings):
+    with pytest.raises(ValueError, match="overlap"):
+        settings(windows__strategy="motion_frame", windows__overlap=0)
 
 
 def test_cfg_alone_needs_the_negative_prompt(pipe, portrait, make_voice, settings):

@@ -245,6 +245,17 @@ def test_step_cache_saves_work_and_stays_close():
     assert 0 < (close - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
+def test_step_cache_knows_the_rate_of_change_since_it_last_computed():
+    cache, velocity_at = StepCache(0.35, 20), lambda x: 0.1 * x + 1
+    rates, key = set(), (0, "positive", "speech")
+    for step in range(12):
+        latents = torch.full((1, 1, 1, 1), float(step))
+        if cache.lookup(key, latents, step) is None:
+            cache.record(key, latents, velocity_at(latents))
+        rates.add(round(cache._entries[key].rate or 0.1, 6))
+    assert rates == {0.1} and cache.reused > 2
+
+
 def test_step_cache_keeps_a_state_per_window_whatever_the_order():
     torch.testing.assert_close(cached(0.02)[0], cached(0.02, order="wavefront")[0])
 
@@ -285,5 +296,11 @@ def test_a_work_dir_of_another_run_or_a_broken_state_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="differs in: seed"):
         RunStore(tmp_path, {"seed": 8}, 0)
     (tmp_path / "state.pt").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="delete"):
-        RunStore(tmp_path, {"seed": 7}, 0).load()
+    (tmp_path / "finished" / "000000.pt").write_bytes(b"nonsense")
+    store = RunStore(tmp_path, {"seed": 7}, 0)
+    for read in (store.load, lambda: store.get(0)):
+        with pytest.raises(ValueError, match="delete"):
+            read()
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json"):
+        RunStore(tmp_path, {"seed": 7}, 0)

@@ -52,8 +52,8 @@ class SelfAttention(Attention):
         """x [B, F, S, D] -> [B, F, S, D]"""
         tokens = x.flatten(1, 2)
         q, k, v = self.split(self.norm_q(self.q(tokens))), self.split(self.norm_k(self.k(tokens))), self.split(self.v(tokens))
-        k, v, key_positions = cache.extend(layer, k, v, layout.positions)
-        q, k = rotate(q, rotary.table), rotate(k, rotary.table_for(key_positions))
+        k, v, key_table = cache.extend(layer, k, v, rotary)
+        q, k = rotate(q, rotary.table), rotate(k, key_table)
         attended = self.attend(q, k, v, layout.token_plan(x.shape[2]))
         return self.o(attended.flatten(2)).view_as(x)
 

@@ -24,7 +24,7 @@ def slice_frames(audio: Tensor, frames: int) -> tuple[Tensor, Tensor]:
         audio: [B, Ta, D], covering exactly the pixel frames of `frames` latent frames.
 
     Returns:
-        tokens [B, F, N, D] and the number of tokens that are audio in each slice [F].
+        tokens [B, F, N, D] and, on the host, the number of tokens that are audio in each slice [F].
     """
     total = audio.shape[1]
     spans = [
@@ -32,7 +32,7 @@ def slice_frames(audio: Tensor, frames: int) -> tuple[Tensor, Tensor]:
         for start, end in audio_slices(total, latents_to_frames(frames))
     ]
     slices = [functional.pad(audio[:, start:stop], (0, 0, 0, width - max(0, stop - start))) for start, stop, width in spans]
-    return torch.stack(slices, dim=1), torch.tensor([max(0, stop - start) for start, stop, _ in spans], device=audio.device)
+    return torch.stack(slices, dim=1), torch.tensor([max(0, stop - start) for start, stop, _ in spans])
 
 
 def _fix_modulation(module: nn.Module, values: tuple[int, ...]) -> None:

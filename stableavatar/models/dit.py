@@ -237,9 +237,10 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def embed_time(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps [B] or [B, F] to e [B, 1 or F, D] and e0 [B, 1 or F, 6, D], in float32."""
         per_frame = timesteps if timesteps.ndim == 2 else timesteps.unsqueeze(1)
-        sinusoid = self.time_sinusoid(per_frame).to(self.time_embedding[0].weight.dtype)
-        embedding = self.time_embedding(sinusoid)
-        return embedding.float(), self.time_projection(embedding).unflatten(-1, (6, -1)).float()
+        with torch.autocast(timesteps.device.type, enabled=False):
+            sinusoid = self.time_sinusoid(per_frame).to(self.time_embedding[0].weight.dtype)
+            embedding = self.time_embedding(sinusoid)
+            return embedding.float(), self.time_projection(embedding).unflatten(-1, (6, -1)).float()
 
     def embed_conditions(self, conditions: Conditions, patches: Tensor, embedding: Tensor, time_modulation: Tensor) -> Context:
         """Conditions to the model's width; audio features are refined on the way."""
@@ -251,7 +252,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             audio = self.refine_audio(audio, patches, embedding, time_modulation)
         mask = None
         if self.config.mask_audio_padding:
-            mask = torch.arange(audio.tokens.shape[2], device=patches.device) < audio.lengths.unsqueeze(1)
+            mask = torch.arange(audio.tokens.shape[2], device=patches.device) < audio.lengths.to(patches.device).unsqueeze(1)
         return Context(text, image, audio.tokens.to(dtype), mask)
 
     def refine_audio(self, audio: AudioFeatures, patches: Tensor, embedding: Tensor, time_modulation: Tensor) -> AudioTokens:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 THETA = 10_000.0
+Positions = tuple[float, ...]
 
 
 def _angles(positions: Tensor, dim: int) -> Tensor:
@@ -16,7 +17,7 @@ def _angles(positions: Tensor, dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def rotary_table(positions: tuple[float, ...], grid: tuple[int, int], head_dim: int, device: torch.device) -> Tensor:
+def rotary_table(positions: Positions, grid: tuple[int, int], head_dim: int, device: torch.device) -> Tensor:
     """Unit complex numbers [F * H * W, 1, head_dim / 2] that rotate a head's pairs.
 
     Of a head's d dims, height and width take 2 * (d // 6) each and time the rest.
@@ -47,18 +48,16 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 class Rotary:
     """The rotation of one forward: the table of its own frames, and those of other frames on the same grid."""
 
-    positions: tuple[float, ...]
+    positions: Positions
     grid: tuple[int, int]
     head_dim: int
     table: Tensor
 
     @classmethod
-    def at(cls, positions: tuple[float, ...], grid: tuple[int, int], head_dim: int, device: torch.device) -> "Rotary":
+    def at(cls, positions: Positions, grid: tuple[int, int], head_dim: int, device: torch.device) -> "Rotary":
         """For frames at `positions`; the arguments are those of `rotary_table`."""
         return cls(positions, grid, head_dim, rotary_table(positions, grid, head_dim, device))
 
-    def table_for(self, positions: tuple[float, ...]) -> Tensor:
-        """The table of frames at `positions`, such as those whose keys a cache returns."""
-        if positions == self.positions:
-            return self.table
+    def table_at(self, positions: Positions) -> Tensor:
+        """The table of frames at other positions on the same grid, such as those whose keys a cache holds."""
         return rotary_table(positions, self.grid, self.head_dim, self.table.device)

@@ -163,7 +163,7 @@ def denoise_windows(
         finished = step == steps - 1
         if position < done:
             if finished:
-                yield store.get(index)
+                yield _required(store.get(index), index)
         else:
             windows.advance(index, step)
             if finished:
@@ -181,6 +181,12 @@ def denoise_windows(
         on_progress()
 
 
+def _required(stretch: Tensor | None, index: int) -> Tensor:
+    if stretch is None:
+        raise ValueError(f"work_dir lacks the finished stretch {index}; delete the folder to start again")
+    return stretch
+
+
 def denoise_motion_frames(
     plan: WindowPlan,
     start: Callable[[Conditioning, WindowPlan], tuple[SlidingWindows, GuidedVelocity]],
@@ -191,8 +197,10 @@ def denoise_motion_frames(
 ) -> Iterator[Tensor]:
     """Clip after clip, each conditioned on the last frames of the one before: the baseline of tables 2 and 6.
 
+    A run goes on after the last clip that the store holds.
+
     Args:
-        plan: clips as windows; consecutive ones share the motion frames.
+        plan: clips as windows; consecutive ones share the motion frames, one latent frame at least.
         start: makes the machinery that denoises a plan (here of one window) under a conditioning.
         conditioning: of the first clip.
         continue_reference: reference channels [20, F, h, w] that give the last n latent frames of a clip to the next one.

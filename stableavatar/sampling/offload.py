@@ -49,7 +49,7 @@ def resolve_device(name: str) -> torch.device:
     """A usable device; `auto` is the GPU where there is one. Raises ValueError for one that this machine lacks."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *(["mps"] if torch.backends.mps.is_available() else [])]
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if name not in here and name not in {usable.partition(":")[0] for usable in here}:
         raise ValueError(f"device must be auto or one of {', '.join(here)} on this machine, got '{name}'")
     return torch.device(name)

@@ -6,6 +6,7 @@ import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ class NoRunStore:
 NO_RUN_STORE = NoRunStore()
 
 
+def _load(path: Path) -> Any:
+    return torch.load(path, weights_only=True)
+
+
 class RunStore(NoRunStore):
     """State of one run in `folder`.
 
@@ -44,21 +49,15 @@ class RunStore(NoRunStore):
     def __init__(self, folder: Path, identity: dict, every: float) -> None:
         self.folder, self.every, self._saved = Path(folder), every, time.monotonic()
         record, wanted = self.folder / "run.json", json.dumps(identity, sort_keys=True, indent=1)
-        if record.exists() and record.read_text() != wanted:
-            old = json.loads(record.read_text())
-            names = ", ".join(k for k in sorted(identity | old) if identity.get(k) != old.get(k))
+        old = self._read(record, lambda path: json.loads(path.read_text())) if record.exists() else identity
+        if names := ", ".join(key for key in sorted(identity | old) if identity.get(key) != old.get(key)):
             raise ValueError(f"work_dir {self.folder} holds another run (differs in: {names}); choose another folder or delete it")
         (self.folder / "finished").mkdir(parents=True, exist_ok=True)
         self._write(record, lambda path: path.write_text(wanted))
 
     def load(self) -> dict | None:
         path = self.folder / "state.pt"
-        if not path.exists():
-            return None
-        try:
-            return torch.load(path, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); delete {self.folder} to start again") from error
+        return self._read(path, _load) if path.exists() else None
 
     def maybe_save(self, make_state: Callable[[], dict]) -> None:
         if time.monotonic() - self._saved < self.every:
@@ -72,10 +71,16 @@ class RunStore(NoRunStore):
 
     def get(self, index: int) -> Tensor | None:
         path = self._stretch(index)
-        return torch.load(path, weights_only=True) if path.exists() else None
+        return self._read(path, _load) if path.exists() else None
 
     def _stretch(self, index: int) -> Path:
         return self.folder / "finished" / f"{index:06d}.pt"
+
+    def _read(self, path: Path, read: Callable[[Path], Any]) -> Any:
+        try:
+            return read(path)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); delete {self.folder} to start again") from error
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         """Writes beside the target and moves it in place, so that a kill at any moment leaves a whole file."""
@@ -85,5 +90,8 @@ class RunStore(NoRunStore):
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)
+        except (OSError, RuntimeError) as error:  # torch says RuntimeError where the disk is full
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"cannot write {path} ({reason}); choose a work_dir that is writable and has room") from error
         finally:
             partial.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ Key = tuple[int, str, str]
 
 @dataclass
 class _Entry:
+    computed_at: Tensor
     latents: Tensor
     velocity: Tensor
     rate: float | None = None
@@ -53,9 +54,9 @@ class StepCache:
             return
         last, rate = self._entries.get(key), None
         if last is not None:
-            moved = float((latents - last.latents).abs().mean())
+            moved = float((latents - last.computed_at).abs().mean())
             rate = float((velocity - last.velocity).abs().mean()) / max(moved, 1e-12)
-        self._entries[key] = _Entry(latents, velocity, rate)
+        self._entries[key] = _Entry(latents, latents, velocity, rate)
 
     def forget(self, window: int) -> None:
         """Lets go of a window that is finished."""
