@@ -18,17 +18,20 @@ import torch
 
 from stableavatar import __version__
 from stableavatar.config import InferenceConfig, flatten, override, read_yaml, settings
-from stableavatar.data.vocals import separate_vocals
+from stableavatar.data.vocals import check_separator, separate_vocals
 from stableavatar.folders import check_index
 from stableavatar.geometry import round_size
 from stableavatar.media import AudioTrack, VideoWriter, read_image, write_sidecar
 from stableavatar.pipeline import StableAvatarPipeline
 from stableavatar.sampling.offload import resolve_device
+from stableavatar.video_writer import check_frames_dir, sidecar_path
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "diffusers", "transformers")
 MISTAKES = (ValueError, OSError)
 """What a user can mend; anything else is ours and keeps its traceback."""
+FULL_HOST = ("not enough memory", "can't allocate memory", "DefaultCPUAllocator")
+"""torch's words for a host that is full; it has no type of its own for that."""
 
 
 def run(config: InferenceConfig) -> int:
@@ -54,8 +57,7 @@ def run_list(config: InferenceConfig) -> int:
     for number, row in enumerate(read_cases(config.cases), 1):
         with reported(f"case {number}", failures):
             case = plan_case(config, row, number)
-            if any(Path(case.output).resolve() == Path(other.output).resolve() for _, other in ready):
-                raise ValueError(f"output {case.output} is already taken by another case; give each its own")
+            check_apart(case, [other for _, other in ready])
             check_inputs(case)
             ready.append((f"case {number}", case))
     pipeline = load(config) if ready else None
@@ -67,12 +69,17 @@ def run_list(config: InferenceConfig) -> int:
 
 @contextmanager
 def memory_advice() -> Iterator[None]:
-    """Turn a device that is full into a ValueError that says what to try."""
+    """Turn a device or a host that is full into a ValueError that says what to try."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         log.debug("torch said: %s", error)
         raise ValueError("out of device memory; try memory.mode=sequential_offload, memory.vae_tiling=true or a smaller size") from None
+    except (RuntimeError, ValueError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or any(words in str(error) for words in FULL_HOST)):
+            raise
+        log.debug("what was said: %s", error)
+        raise ValueError("out of host memory; try memory.vae_tiling=true, dtype=bfloat16, a smaller size or shorter windows") from None
 
 
 @memory_advice()
@@ -143,17 +150,40 @@ def check_model(config: InferenceConfig) -> None:
         check_index(StableAvatarPipeline, Path(config.model))
 
 
+def check_apart(case: InferenceConfig, others: list[InferenceConfig]) -> None:
+    """Raise ValueError if a place that `case` writes to is another case's."""
+    for key in ("output", "frames_dir", "work_dir"):
+        place = getattr(case, key)
+        if place and Path(place).resolve() in {Path(getattr(other, key)).resolve() for other in others if getattr(other, key)}:
+            raise ValueError(f"{key} {place} is already taken by another case; give each its own")
+
+
 def check_inputs(case: InferenceConfig) -> None:
     """Read both inputs and try the output's folder, so that mistakes show before the models load. Raises ValueError or OSError."""
     for key in ("reference", "audio", "output"):
         if not getattr(case, key):
             raise ValueError(f"{key} is missing; give {key}=FILE")
-    output = Path(case.output)
-    if output.is_dir() or output.suffix.lower() != ".mp4":
-        raise ValueError(f"output must be the name of an .mp4 file, got {case.output!r}")
+    check_places(case)
     read_image(case.reference)
     with AudioTrack(case.audio):
         pass
+    if case.vocal_separator:
+        check_separator(case.vocal_separator)
+
+
+def check_places(case: InferenceConfig) -> None:
+    """Raise ValueError unless the video, its record, the frames and the state can be written, none of them over an input."""
+    output = Path(case.output)
+    if output.is_dir() or output.suffix.lower() != ".mp4":
+        raise ValueError(f"output must be the name of an .mp4 file, got {case.output!r}")
+    sidecar = sidecar_path(output)
+    if sidecar.is_dir():
+        raise ValueError(f"the settings of {output} go into {sidecar}, which is a folder; give another output")
+    for key in filter(lambda key: getattr(case, key), ("reference", "audio", "cases")):
+        if Path(getattr(case, key)).resolve() in (output.resolve(), sidecar.resolve()):
+            raise ValueError(f"output {output} would overwrite the {key} {getattr(case, key)}; give another output")
+    if case.frames_dir:
+        check_frames_dir(Path(case.frames_dir))
     for folder in filter(None, (str(output.parent), case.frames_dir, case.work_dir)):
         check_writable(Path(folder))
 
@@ -172,18 +202,22 @@ def check_writable(folder: Path) -> None:
 def make_video(pipeline: StableAvatarPipeline, case: InferenceConfig) -> None:
     """Stream one case from the pipeline into its mp4, then write its sidecar JSON. Raises what the pipeline and the writer raise."""
     started = time.perf_counter()
+    device = resolve_device(case.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     size = {"width": round_size(case.width), "height": round_size(case.height)}
     marks = {"seed": str(case.seed), "stableavatar": __version__}
     first, count = None, 0
-    with tempfile.TemporaryDirectory() as scratch, AudioTrack(heard(case, scratch)) as voice:
-        reference = read_image(case.reference)
+    # check_inputs has told what there is to say about these files; a voice taken out of one is new.
+    with tempfile.TemporaryDirectory() as scratch, AudioTrack(heard(case, scratch), quiet=not case.vocal_separator) as voice:
+        reference = read_image(case.reference, quiet=True)
         with VideoWriter(case.output, **size, fps=case.fps, sound=case.audio, metadata=marks, frames_dir=case.frames_dir or None) as writer:
             for frames in pipeline.stream(reference=reference, audio=voice, prompt=case.prompt, config=case):
                 first = first or time.perf_counter() - started
                 writer.write(frames)
                 count += len(frames)
     timings = {"first_frames_seconds": first, "total_seconds": time.perf_counter() - started}
-    write_sidecar(case.output, record(case, count, timings))
+    write_sidecar(case.output, record(case, device, count, timings))
     log.info("%s: %d frames, %.2f s of video in %.1f s", case.output, count, count / case.fps, timings["total_seconds"])
 
 
@@ -200,18 +234,19 @@ def peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def record(case: InferenceConfig, frames: int, timings: dict[str, float | None]) -> dict[str, Any]:
-    """The sidecar: everything needed to make the same video again, and what it cost."""
-    peak = {"host_bytes": peak_host_bytes()}
-    if torch.cuda.is_available():
-        peak["device_bytes"] = torch.cuda.max_memory_allocated()
+def record(case: InferenceConfig, device: torch.device, frames: int, timings: dict[str, float | None]) -> dict[str, Any]:
+    """The sidecar: everything needed to make the same video again on `device`, and what it cost."""
+    peak, machine = {"host_bytes": peak_host_bytes()}, platform.processor() or platform.machine()
+    if device.type == "cuda":
+        peak["device_bytes"], machine = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
     return {
         "generated_by": "StableAvatar",
         "settings": asdict(case),
         "frames": frames,
         "seconds": frames / case.fps,
         "versions": {"stableavatar": __version__, "python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "device": str(device),
+        "machine": machine,
         "timings": timings,
         "peak_memory": peak,
     }

@@ -4,6 +4,7 @@ A mistake is a ValueError of one line that says which key, what was got and what
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from stableavatar.geometry import FPS, TEMPORAL_STRIDE, WINDOW_FRAMES, frames_to_latents
@@ -22,6 +23,8 @@ WAN_NEGATIVE_PROMPT = (
     "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+UNRESOLVED = re.compile(r"(\\*)\$\{")
+"""Start of what omegaconf takes for an interpolation; it takes a pair of backslashes before it for one."""
 C = TypeVar("C", bound="Config")
 
 
@@ -99,7 +102,8 @@ class InferenceConfig(Config):
     negative_prompt: str = setting(WAN_NEGATIVE_PROMPT, "what cfg steers away from; Wan2.1's own by default")
     output: str = setting("output.mp4", "the video to write; its settings go next to it in a .json")
     frames_dir: str = setting("", "folder for every frame as PNG; empty for none")
-    cases: str = setting("", "YAML list or CSV table of cases: reference, audio, prompt, output and any other setting of this list")
+    cases: str = setting("", "YAML list or CSV table of cases: reference, audio, prompt, output and any other setting of this list",
+                         fixed=True)
 
     width: int = setting(512, "width of the video in pixels, rounded to a multiple of 16", low=1)
     height: int = setting(512, "height of the video in pixels, rounded to a multiple of 16", low=1)
@@ -162,13 +166,16 @@ def load_config(cls: type[C], path: str | Path | None, words: Sequence[str] = ()
 def override(config: C, values: Mapping[str, Any]) -> C:
     """A checked copy of `config` with the dotted keys of `values` replaced. Raises ValueError as load_config does."""
     known = settings(config)
-    tree = OmegaConf.structured(config)
-    for key, value in values.items():
+    tree = OmegaConf.structured(type(config))
+    for key, value in ({key: value for key, (_, value, _) in known.items()} | dict(values)).items():
         if key not in known:
             raise ValueError(f"unknown setting {key!r}; the nearest is {nearest(key, known)!r}")
         try:
             # Interpolations were resolved when the file was read; a '${' that is left is meant literally.
-            OmegaConf.update(tree, key, value.replace("${", "\\${") if isinstance(value, str) else value)
+            OmegaConf.update(tree, key, UNRESOLVED.sub(r"\1\1\\${", value) if isinstance(value, str) else value)
+            OmegaConf.select(tree, key, throw_on_missing=True)
+        except MissingMandatoryValue:
+            raise ValueError(f"{key} cannot be {value!r}, which stands for a missing value; give {EXPECTED[known[key][0]]}") from None
         except OmegaConfBaseException:
             raise ValueError(f"{key} must be {EXPECTED[known[key][0]]}, got {value!r}") from None
     result = OmegaConf.to_object(tree)

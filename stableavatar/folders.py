@@ -6,12 +6,17 @@ from typing import TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from stableavatar.models.checkpoint_files import TORCH_ERRORS
 
 INDEX_FILE = "model_index.json"
 NAMED = 3
 """Tensors that an error names; a checkpoint of another model differs in hundreds."""
+REASON_LENGTH = 300
+"""Characters of a library's complaint that are passed on."""
 P = TypeVar("P", bound=DiffusionPipeline)
 
 
@@ -22,13 +27,15 @@ def load_folder(cls: type[P], folder: Path, dtypes: dict[str, torch.dtype]) -> P
         dtypes: of the components by name; "default" for the others.
 
     Raises:
-        ValueError: not a folder of this pipeline, a component missing, damaged, or with weights of another model.
+        ValueError: not a folder of this pipeline, a component missing, damaged, with weights of another model or with settings
+            that its class does not take.
     """
     check_index(cls, folder)
     try:
         pipe = cls.from_pretrained(folder, dtype=dtypes, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"cannot load the pipeline in {folder}: {str(error).splitlines()[0]}") from error
+    except (OSError, SafetensorError, StrictDataclassError, *TORCH_ERRORS) as error:
+        reason = " ".join(str(error).split())[:REASON_LENGTH] or type(error).__name__
+        raise ValueError(f"cannot load the pipeline in {folder}; a config.json in it may be wrong, or a file damaged: {reason}") from error
     for name, module in pipe.components.items():
         if isinstance(module, nn.Module):
             check_names(module, folder / name)

@@ -29,14 +29,22 @@ SILENT_PEAK = 1e-4
 TRUNCATED = ("partial file", "ended prematurely")
 """ffmpeg's words for a container that ends before its index does (it carries on with what there is)."""
 SCAN_SAMPLES = 1 << 20
+OGG_PAGE = 65_307
+"""Bytes of the largest page of an Ogg file (RFC 3533)."""
+OGG_HEADER = 27
+OGG_END = 0x04
+"""Flag in the sixth byte of the last page of a stream."""
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """An image file as RGB: upright, 8 bit, transparency on white (each change is logged).
+def read_image(path: str | Path, quiet: bool = False) -> Image.Image:
+    """An image file as RGB: upright, 8 bit, transparency on white (each change is logged; at debug level if `quiet`).
+
+    Floating-point grey of at most 1 is taken for 0..1, else for 0..255.
 
     Raises:
-        ValueError: missing, not an image, truncated.
+        ValueError: missing, not an image, truncated, NaN or infinite pixels.
     """
+    level = logging.DEBUG if quiet else logging.INFO
     path = ffmpeg.existing_file(path, "image")
     try:
         with Image.open(path) as image:
@@ -55,22 +63,32 @@ def read_image(path: str | Path) -> Image.Image:
         (frames > 1, f"the first of its {frames} frames is used"),
     ]:
         if happened:
-            logger.info("image %s: %s", path, what)
-    return _to_rgb(upright, path)
+            logger.log(level, "image %s: %s", path, what)
+    return _to_rgb(upright, path, level)
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _to_rgb(image: Image.Image, path: Path, level: int) -> Image.Image:
+    if image.mode == "F":
+        logger.log(level, "image %s: its floating-point pixels are reduced to 8 bit", path)
+        image = _from_floats(np.asarray(image), path)
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit grey instead of scaling it
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
         if layer.getchannel("A").getextrema()[0] < 255:
-            logger.info("image %s: its transparent parts are placed on white", path)
+            logger.log(level, "image %s: its transparent parts are placed on white", path)
         return Image.alpha_composite(white, layer).convert("RGB")
     if image.mode != "RGB":
-        logger.info("image %s: converted from %s to RGB", path, image.mode)
+        logger.log(level, "image %s: converted from %s to RGB", path, image.mode)
     return image.convert("RGB")
+
+
+def _from_floats(pixels: np.ndarray, path: Path) -> Image.Image:
+    if not np.isfinite(pixels).all():
+        raise ValueError(f"image {path} holds NaN or infinite pixels; repair or re-export it")
+    scale = 255 if pixels.max() <= 1 else 1
+    return Image.fromarray((pixels * scale).clip(0, 255).round().astype(np.uint8))
 
 
 def fit_image(image: Image.Image, width: int, height: int, fit: Fit = "crop") -> torch.Tensor:
@@ -118,12 +136,15 @@ class AudioTrack:
 
     Args:
         path: file of any format, rate and channel count; of several audio streams the first is taken.
+        quiet: log at debug level only, for a file whose oddities were told before.
 
     Raises:
-        ValueError: missing, unreadable, empty or truncated file, no audio stream, NaN or infinite samples.
+        ValueError: missing, unreadable, empty or truncated file, no audio stream, NaN or infinite samples. Known limit: a format
+            that does not state its length (AAC in ADTS, an mp3 without a Xing or LAME header) cannot be seen to be truncated.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, quiet: bool = False) -> None:
+        self._level = logging.DEBUG if quiet else logging.WARNING
         self.path = ffmpeg.existing_file(path, "audio")
         stream = ffmpeg.probe_audio(self.path)
         with ExitStack() as undo:
@@ -162,6 +183,8 @@ class AudioTrack:
     def _decode(self) -> None:
         if missing := ffmpeg.missing_wav_bytes(self.path):
             raise ValueError(f"audio {self.path} is truncated: {missing} bytes of what its header promises are missing")
+        if _is_cut_ogg(self.path):
+            raise ValueError(f"audio {self.path} is truncated: its last Ogg page is not marked as the end; give a whole file")
         # The limit of 1 makes mono the mean of the channels; ffmpeg's own weights are louder.
         mono = ["-map", "0:a:0", "-ac", "1", "-rematrix_maxval", "1", "-ar", str(SAMPLE_RATE)]
         arguments = ffmpeg.command(*ffmpeg.file_input(self.path), *mono, "-f", "f32le", "pipe:1")
@@ -172,7 +195,7 @@ class AudioTrack:
         if any(words in log for words in TRUNCATED):
             raise ValueError(f"audio {self.path} is truncated: {ffmpeg.reason(log)}; give a whole file")
         if log.strip():
-            logger.warning("audio %s is damaged in places: %s", self.path, ffmpeg.reason(log))
+            logger.log(self._level, "audio %s is damaged in places: %s", self.path, ffmpeg.reason(log))
 
     def _check(self, stream: ffmpeg.AudioStream) -> None:
         if not self.samples:
@@ -189,7 +212,7 @@ class AudioTrack:
             (stream.layout not in ("mono", "stereo", "1 channels", "2 channels"), f"{stream.layout} is mixed to mono"),
         ]:
             if happened:
-                logger.warning("audio %s: %s", self.path, what)
+                logger.log(self._level, "audio %s: %s", self.path, what)
 
     def _peak(self) -> float:
         """Largest magnitude of the whole track; ValueError if a sample is not a finite number."""
@@ -200,3 +223,17 @@ class AudioTrack:
                 raise ValueError(f"audio {self.path} holds NaN or infinite samples; repair or re-export it")
             peak = max(peak, float(peak_here))
         return peak
+
+
+def _is_cut_ogg(path: Path) -> bool:
+    """True for an Ogg file that ends before a page which is whole and marked as the end; False for any other file."""
+    with path.open("rb") as file:
+        if file.read(4) != b"OggS":
+            return False
+        file.seek(max(0, path.stat().st_size - OGG_PAGE))
+        tail = file.read()
+    page = tail[tail.rfind(b"OggS") :]
+    if len(page) < OGG_HEADER or not page[5] & OGG_END:
+        return True
+    lengths = page[OGG_HEADER : OGG_HEADER + page[26]]
+    return len(page) < OGG_HEADER + page[26] + sum(lengths)

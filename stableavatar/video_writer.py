@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from PIL import Image
 from stableavatar import ffmpeg
 
 GENERATED = "AI-generated video made with StableAvatar"
+FRAME_FILES = "frame_*.png"
 # A fixed number, because x264's output depends on it: a video is the same on every machine.
 ENCODER_THREADS = "4"
 # BT.601 is said and used: readers that ignore the tag assume it, those that heed it are right as well.
@@ -54,10 +56,11 @@ class VideoWriter:
         fps: frames per second.
         sound: audio or video file whose sound goes into the video, cut or followed by silence to the video's length.
         metadata: added as "key=value" to the comment tag, which also says that the video is generated.
-        frames_dir: folder for the frames as frame_0.png, frame_1.png, ...
+        frames_dir: folder for the frames as frame_0.png, frame_1.png, ...; it may not hold such files yet.
 
     Raises:
-        ValueError: bad size or rate, sound without a stream, a place that cannot be written or is full, no frames at all.
+        ValueError: bad size or rate, sound without a stream, a place that cannot be written or is full, frames of another video
+            in frames_dir, no frames at all.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class VideoWriter:
         assert pixels.dtype == np.uint8 and pixels.shape[1:] == self._shape, (pixels.dtype, pixels.shape, self._shape)
         try:
             if self.frames_dir is not None:
-                self._write_images(self.frames_dir, pixels)
+                self._write_images(pixels)
             if len(pixels):
                 self._ffmpeg.stdin.write(np.ascontiguousarray(pixels).data)
         except BrokenPipeError:
@@ -125,6 +128,8 @@ class VideoWriter:
             raise ValueError(f"got the output {self.path}; expected a name that ends in .mp4")
         if self.path.is_dir():
             raise ValueError(f"cannot write {self.path}: it is a folder; give the name of an mp4 file")
+        if self.frames_dir is not None:
+            check_frames_dir(self.frames_dir)
         if self._sound is not None:
             ffmpeg.probe_audio(self._sound)
 
@@ -136,18 +141,22 @@ class VideoWriter:
                 undo.callback(part.unlink, missing_ok=True)
                 part.unlink(missing_ok=True)  # a killed run's; its ffmpeg may still be writing to it
                 part.touch(exist_ok=False)
-            if self.frames_dir is not None and _make_folder(self.frames_dir, undo):
-                undo.callback(self._remove_images, self.frames_dir)
+            if self.frames_dir is not None:
+                _make_folder(self.frames_dir, undo)
+                shutil.rmtree(self._images, ignore_errors=True)  # a killed run's
+                self._images.mkdir()
+                undo.callback(shutil.rmtree, self._images, ignore_errors=True)
         except OSError as error:
             raise ValueError(f"cannot write {self.path}: {error.strerror} ({error.filename}); choose a writable place") from None
 
-    def _write_images(self, folder: Path, pixels: np.ndarray) -> None:
-        for index, frame in enumerate(pixels, self.frames):
-            Image.fromarray(frame).save(folder / f"frame_{index}.png", compress_level=1)
+    @property
+    def _images(self) -> Path:
+        """Where frames wait until the video is whole."""
+        return self.frames_dir / ".unfinished"
 
-    def _remove_images(self, folder: Path) -> None:
-        for image in folder.glob("frame_*.png"):
-            image.unlink()
+    def _write_images(self, pixels: np.ndarray) -> None:
+        for index, frame in enumerate(pixels, self.frames):
+            Image.fromarray(frame).save(self._images / f"frame_{index}.png", compress_level=1)
 
     def _finish(self) -> None:
         if not self.frames:
@@ -160,6 +169,10 @@ class VideoWriter:
             raise self._failure()
         self._add_sound()
         self._silent.unlink()
+        if self.frames_dir is not None:
+            for image in self._images.iterdir():
+                os.replace(image, self.frames_dir / image.name)
+            self._images.rmdir()
         os.replace(self._part, self.path)
 
     def _add_sound(self) -> None:
@@ -185,15 +198,20 @@ class VideoWriter:
             self._ffmpeg.stdin.close()
 
 
-def _make_folder(folder: Path, undo: ExitStack) -> bool:
-    """Makes a folder and its parents; `undo` removes those that are new, if they are empty. True if it is new."""
+def check_frames_dir(folder: Path) -> None:
+    """ValueError if frames of another video lie in `folder`: a longer one's would stay among the new ones."""
+    if next(folder.glob(FRAME_FILES), None):
+        raise ValueError(f"frames_dir {folder} already holds frames ({FRAME_FILES}); remove them or give another folder")
+
+
+def _make_folder(folder: Path, undo: ExitStack) -> None:
+    """Makes a folder and its parents; `undo` removes those that are new, if they are empty."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(new):
         path.mkdir(exist_ok=True)
         undo.callback(_remove_if_empty, path)
     if not folder.is_dir():
         raise NotADirectoryError(20, "it is not a folder", str(folder))
-    return folder in new
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -201,12 +219,17 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def sidecar_path(path: str | Path) -> Path:
+    """Where the record of the video `path` goes: out.mp4 -> out.json."""
+    return Path(path).with_suffix(".json")
+
+
 def write_sidecar(path: str | Path, record: Mapping[str, Any]) -> Path:
     """Writes `record` as JSON next to the video `path` (out.mp4 -> out.json), whole or not at all; returns its path.
 
     Values that JSON does not know (paths, types) are written as their text. ValueError where it cannot be written.
     """
-    target = Path(path).with_suffix(".json")
+    target = sidecar_path(path)
     part = target.with_name(f".{target.name}.part")
     try:
         with ExitStack() as undo:

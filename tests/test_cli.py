@@ -18,8 +18,10 @@ from PIL import Image
 
 import inference
 from scripts.make_tiny_model import tiny_pipeline
-from stableavatar.config import InferenceConfig, settings
+from stableavatar.cases import check_apart, memory_advice
+from stableavatar.config import InferenceConfig, override, settings
 from stableavatar.pipeline import StableAvatarPipeline
+from stableavatar.sampling.offload import resolve_device
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["steps=2", "windows.frames=9", "windows.overlap=1", "guidance.name=none"]
@@ -70,6 +72,7 @@ def test_a_portrait_and_a_voice_become_a_video_with_a_record(desk, model):
     assert record["frames"] == 10 and record["seconds"] == 0.4
     assert record["settings"]["seed"] == 3 and record["settings"]["guidance"]["name"] == "none"
     assert {"torch", "diffusers", "transformers", "stableavatar"} <= record["versions"].keys()
+    assert record["device"] == str(resolve_device("auto"))
     assert record["timings"]["total_seconds"] > 0 and record["peak_memory"]["host_bytes"] > 0
 
 
@@ -108,6 +111,11 @@ def bad_wav(desk: Path) -> None:
         ("output=.", "must be the name of an .mp4 file"),
         ("output=face.png/out.mp4", "cannot write to face.png"),
         ("output=/proc/nowhere/out.mp4", "cannot write to /proc/nowhere"),
+        ("output=sound.mp4 audio=sound.mp4", "would overwrite the audio sound.mp4"),
+        ("output=anything/../link.mp4 audio=sound.mp4", "would overwrite the audio sound.mp4"),
+        ("output=taken.mp4", "taken.json, which is a folder"),
+        ("output=list.mp4 cases= frames_dir=old", "old already holds frames"),
+        ("vocal_separator=Kim_Vocal_2.onnx", "vocal separation needs"),
         ("width=0", "width must be at least 1, got 0"),
         ("windows.overlap=3", "windows.overlap must be smaller than the window"),
         ("steps=several", "steps must be a whole number"),
@@ -122,9 +130,14 @@ def bad_wav(desk: Path) -> None:
 def test_a_mistake_is_one_line_before_any_weights_load(desk, caplog, monkeypatch, word, message):
     bad_png(desk)
     bad_wav(desk)
+    for name in ("old", "taken.json"):
+        (desk / name).mkdir()
+    (desk / "old/frame_7.png").touch()
+    (desk / "sound.mp4").write_bytes((desk / "voice.wav").read_bytes())
+    (desk / "link.mp4").symlink_to("sound.mp4")
     before = sorted(desk.rglob("*"))
     monkeypatch.setattr(StableAvatarPipeline, "from_config", lambda config: pytest.fail("weights were loaded"))
-    assert inference.main(words("anything", word)) == 2
+    assert inference.main(words("anything", *word.split())) == 2
     (line,) = errors(caplog)
     assert message in line and "\n" not in line
     assert sorted(desk.rglob("*")) == before
@@ -174,6 +187,7 @@ def test_a_yaml_list_whose_cases_are_all_good(desk, model):
     [
         ("{output: a.mp4, seeed: 3}", "case 1: unknown setting 'seeed'; the nearest is 'seed'"),
         ("{output: a.mp4, dtype: float16}", "case 1: dtype must be the same for all cases"),
+        ("{output: a.mp4, cases: other.yaml}", "case 1: cases must be the same for all cases"),
         ("{output: a.mp4, memory: {fp8: true}}", "case 1: memory.fp8 must be the same for all cases"),
     ],
 )
@@ -183,6 +197,53 @@ def test_a_bad_row_is_reported(desk, caplog, monkeypatch, row, message):
     assert inference.main(words("anything", "cases=list.yaml")) == 1
     (line,) = errors(caplog)
     assert line.startswith(message)
+
+
+@pytest.mark.parametrize("key", ["frames_dir", "work_dir"])
+def test_two_cases_cannot_share_a_folder(desk, key):
+    first, second = (override(InferenceConfig(), {"output": f"{name}.mp4", key: folder}) for name, folder in [("a", "x"), ("b", "y/../x")])
+    check_apart(first, [InferenceConfig(output="c.mp4")])
+    with pytest.raises(ValueError, match=f"{key} y/../x is already taken by another case"):
+        check_apart(second, [first])
+
+
+def test_a_list_cannot_be_overwritten_by_a_record(desk, caplog):
+    (desk / "list.json").write_text('[{"output": "list.mp4"}]')
+    assert inference.main(words("anything", "cases=list.json")) == 1
+    assert "would overwrite the cases list.json" in errors(caplog)[0]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), MemoryError()])
+def test_a_full_host_is_advice(error):
+    with pytest.raises(ValueError, match="out of host memory"), memory_advice():
+        raise error
+    with pytest.raises(RuntimeError, match="ours"), memory_advice():
+        raise RuntimeError("ours")
+
+
+def test_every_remark_about_an_input_is_made_once(desk, model, caplog):
+    soundfile.write("voice.wav", np.zeros(1600), 8000)
+    Image.open("face.png").convert("L").save("face.png")
+    assert inference.main(words(model)) == 0
+    remarks = [entry.getMessage() for entry in caplog.records if entry.levelno > logging.DEBUG and entry.name == "stableavatar.media"]
+    assert sum("silent" in line for line in remarks) == sum("converted from L" in line for line in remarks) == 1
+    assert len(remarks) == len(set(remarks))
+
+
+def test_the_script_with_the_released_flags_keeps_the_callers_paths(desk):
+    repository = desk / "a repository"
+    for folder in ("scripts", ".venv/bin", "examples/ada"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "scripts/setup.sh").touch()
+    (repository / "examples/ada/prompt.txt").write_text("A person")
+    (repository / ".venv/bin/python").write_text('#!/bin/sh\npwd\nprintf "%s\\n" "$@"\n')
+    (repository / ".venv/bin/python").chmod(0o755)
+    (repository / "scripts/inference.sh").write_bytes((ROOT / "scripts/inference.sh").read_bytes())
+    run = subprocess.run(["bash", "a repository/scripts/inference.sh", "audio=voice.wav"], capture_output=True, text=True, check=True)
+    folder, program, recipe, *settings_given = run.stdout.splitlines()
+    assert (folder, program) == (str(desk), str(repository / "inference.py")) and recipe.startswith(str(repository))
+    assert settings_given[-1] == "audio=voice.wav" and f"reference={repository}/examples/ada/reference.png" in settings_given
+    assert "output=outputs/video.mp4" in settings_given and "prompt=A person" in settings_given
 
 
 @pytest.mark.parametrize("file", ["a.yaml:a: 1", "a.yaml:[1, 2]", "a.yaml:", "a.csv:", "a.csv:seed\n1,2,3\n"])
@@ -212,7 +273,7 @@ def test_an_interrupted_run_leaves_nothing(desk, model, stop):
 def test_a_killed_run_started_again_gives_the_same_bytes(desk, model):
     soundfile.write("voice.wav", np.random.default_rng(1).normal(0, 0.1, 48_000), 16_000)
     assert inference.main(words(model, "steps=6", "output=whole.mp4")) == 0
-    command = [sys.executable, str(ROOT / "inference.py"), *words(model, "steps=6", "work_dir=work", "save_every=0")]
+    command = [sys.executable, str(ROOT / "inference.py"), *words(model, "steps=6", "work_dir=work", "save_every=0", "frames_dir=frames")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(list(Path("work/finished").glob("*.pt"))) < 2 and time.monotonic() < deadline:
@@ -221,6 +282,7 @@ def test_a_killed_run_started_again_gives_the_same_bytes(desk, model):
     assert process.wait() == -signal.SIGKILL and not Path("out.mp4").exists()
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert Path("out.mp4").read_bytes() == Path("whole.mp4").read_bytes()
+    assert len(list(Path("frames").iterdir())) == 75
     assert {path.name for path in desk.iterdir() if path.name.startswith(".")} == set()
 
 

@@ -29,7 +29,10 @@ def test_words_win_over_yaml_and_yaml_over_defaults(tmp_path):
     assert (config.guidance.name, config.guidance.alpha, config.prompt) == ("none", 2.0, "7 steps")
 
 
-@pytest.mark.parametrize("prompt", ["A man: he talks, [loud] = yes", "${steps}", "5", "null", "- a", "#", "“哈”", ""])
+@pytest.mark.parametrize(
+    "prompt",
+    ["A man: he talks, [loud] = yes", "${steps}", "\\${steps}", "a\\\\${b", "${", "\\", "5", "null", "- a", "#", "“哈”", ""],
+)
 def test_text_from_the_command_line_is_literal(prompt):
     assert load(f"prompt={prompt}").prompt == prompt
 
@@ -56,6 +59,8 @@ def test_text_from_the_command_line_is_literal(prompt):
         (["windows.overlap=21"], "windows.overlap must be smaller than the window of 21 latent frames, got 21"),
         (["windows.frames=80"], "windows.frames must be 4n + 1"),
         (["windows.overlap=-1"], "windows.overlap must be at least 0"),
+        (["prompt=???"], "prompt cannot be '???', which stands for a missing value; give text"),
+        (["steps=???"], "steps cannot be '???'"),
         (["steps"], "settings are written key=value, got 'steps'"),
         (["=3"], "settings are written key=value"),
     ],
@@ -100,6 +105,11 @@ def test_override_copies_and_checks():
     assert (config.steps, config.windows.overlap, changed.steps, changed.windows.overlap) == (3, 5, 5, 1)
     with pytest.raises(ValueError, match="windows.overlap"):
         override(config, {"windows.overlap": 40})
+
+
+@pytest.mark.parametrize("prompt", ["${steps}", "${nothing}", "\\${steps}"])
+def test_override_keeps_literal_text(prompt):
+    assert override(load(f"prompt={prompt}"), {"seed": 1}).prompt == prompt
 
 
 def test_help_names_every_key_its_meaning_and_choices():

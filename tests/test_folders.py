@@ -34,6 +34,10 @@ def test_a_whole_folder_loads():
         ("model_index.json", lambda path: path.write_text('{"_class_name": "WanPipeline"}'), "holds a WanPipeline"),
         ("model_index.json", lambda path: path.write_text("[]"), "holds a None"),
         ("transformer/config.json", lambda path: path.write_text(path.read_text().replace('"dim": 64', '"dim": 128')), "shape"),
+        ("transformer/config.json", lambda path: path.write_text(path.read_text().replace('"dim": 64', '"dim": "x"')), "config.json"),
+        ("transformer/config.json", lambda path: path.write_text(path.read_text().replace('"dim": 64', '"dim": -64')), "config.json"),
+        ("text_encoder/config.json", lambda path: path.write_text('{"model_type": "umt5", "d_model": []}'), "config.json"),
+        ("audio_encoder/config.json", lambda path: path.write_text('{"model_type": "wav2vec2", "hidden_act": "x"}'), "config.json"),
         (
             "transformer/diffusion_pytorch_model.safetensors",
             lambda path: shutil.copy(path.parents[1] / "vae" / path.name, path),

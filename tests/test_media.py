@@ -57,6 +57,15 @@ def test_sixteen_bit_is_scaled(tmp_path: Path, shape: tuple[int, ...], caplog: p
     assert "16 bit" in caplog.text
 
 
+@pytest.mark.parametrize(("values", "expected"), [((0, 0.5, 1), (0, 128, 255)), ((-9, 100.4, 300), (0, 100, 255))])
+def test_floating_point_is_scaled(tmp_path: Path, values: tuple[float, ...], expected: tuple[int, ...]) -> None:
+    Image.fromarray(np.array([values], np.float32)).save(tmp_path / "a.tif")
+    assert (np.asarray(read_image(tmp_path / "a.tif"))[0] == np.array(expected)[:, None]).all()
+    Image.fromarray(np.array([[*values, np.nan]], np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(ValueError, match="NaN"):
+        read_image(tmp_path / "nan.tif")
+
+
 def test_exif_rotation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     exif = Image.Exif()
@@ -172,7 +181,7 @@ def test_wav_from_a_pipe_is_legal(tmp_path: Path, wav: Path) -> None:
         assert track.samples == SAMPLE_RATE
 
 
-@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3", "a.m4a", "front.mp4", "a.mkv", "a.aiff"])
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3", "a.m4a", "front.mp4", "a.mkv", "a.aiff", "a.ogg", "a.opus"])
 def test_truncated_sound(tmp_path: Path, name: str) -> None:
     noise = np.random.default_rng(0).normal(0, 0.1, (88_200, 2))
     soundfile.write(tmp_path / "noise.wav", noise, 44_100)

@@ -125,6 +125,22 @@ def test_failure_leaves_what_was_there(tmp_path: Path, wav: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["out.mp4", "tone.wav"] and (tmp_path / "out.mp4").read_text() == "before"
 
 
+def test_frames_of_another_video_are_refused_and_kept(tmp_path: Path) -> None:
+    write(tmp_path / "a.mp4", clip(3), frames_dir=tmp_path / "png")
+    with pytest.raises(ValueError, match="already holds frames"):
+        VideoWriter(tmp_path / "new" / "b.mp4", WIDTH, HEIGHT, 25, frames_dir=tmp_path / "png")
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "png"] and len(os.listdir(tmp_path / "png")) == 3
+
+
+def test_failure_empties_a_folder_that_was_there(tmp_path: Path) -> None:
+    (tmp_path / "png").mkdir()
+    (tmp_path / "png" / "notes.txt").touch()
+    with pytest.raises(RuntimeError), VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, 25, frames_dir=tmp_path / "png") as writer:
+        writer.write(clip(3))
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["png"] and os.listdir(tmp_path / "png") == ["notes.txt"]
+
+
 @pytest.mark.parametrize("finish", [False, True])
 def test_death_of_ffmpeg(tmp_path: Path, finish: bool) -> None:
     with pytest.raises(ValueError, match="ffmpeg failed"), VideoWriter(tmp_path / "new" / "out.mp4", WIDTH, HEIGHT, 25) as writer:

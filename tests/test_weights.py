@@ -11,7 +11,8 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, UMT5Config, UMT5EncoderModel
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, UMT5Config, UMT5EncoderModel, Wav2Vec2Config, Wav2Vec2Model
+from transformers.utils import logging as library_logging
 
 from stableavatar.models import checkpoint_files, weights
 from stableavatar.models.checkpoint_files import Checkpoint
@@ -328,6 +329,36 @@ def test_base_config_maps_known_keys_and_notes_the_others(tmp_path: Path, caplog
         file.write_text(content)
         with pytest.raises(ValueError, match="base model config"):
             weights.read_base_config(file)
+
+
+@pytest.mark.parametrize("value", ["2", 0, -1, 2.0, True, None, [2], float("nan"), float("inf")])
+def test_wrong_values_in_a_base_config_name_the_key(value: object, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    for key in weights.BASE_CONFIG_KEYS if value != 2.0 else ["dim"]:
+        file.write_text(json.dumps({key: value}))
+        with pytest.raises(ValueError, match=f": {key} must be a positive (whole )?number, got ") as error:
+            weights.read_base_config(file)
+        assert "\n" not in str(error.value)
+    file.write_text('{"eps": 1}')
+    assert weights.read_base_config(file) == {"eps": 1}
+
+
+def test_the_library_prints_no_report_about_the_speech_encoder(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "conv_dim": (8,)}
+    shape = {"conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    Wav2Vec2Model(Wav2Vec2Config(**sizes, **shape)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"lm_head.bias": torch.zeros(3)}, tmp_path / "model.safetensors", {"format": "pt"})
+    before = library_logging.get_verbosity()
+    library_logging.set_verbosity_warning()
+    library_logging.enable_propagation()
+    capfd.readouterr()
+    try:
+        weights._from_folder(tmp_path, Wav2Vec2Model.from_pretrained)
+        assert "lm_head" not in "".join(capfd.readouterr()) and library_logging.get_verbosity() == logging.WARNING
+    finally:
+        library_logging.disable_propagation()
+        library_logging.set_verbosity(before)
 
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])

@@ -42,15 +42,20 @@ def separate_vocals(source: str | Path, model_file: str | Path, out_dir: str | P
     """
     source, model_file = ffmpeg.existing_file(source, "audio"), Path(model_file)
     ffmpeg.probe_audio(source)
-    if find_spec("audio_separator") is None:
-        raise ValueError("vocal separation needs the audio-separator package; pip install 'audio-separator[cpu]' (or [gpu])")
-    if model_file.name != MODEL_NAME or not model_file.is_file():
-        raise ValueError(f"vocal separation needs the model {MODEL_NAME}, got {model_file}; put it into the checkpoints folder")
+    check_separator(model_file)
     logger.info("separating the voice of %s", source)
     with tempfile.TemporaryDirectory() as work, _environment(Path(work)):
         mix = _decode(source, Path(work) / "mix.wav")
         _separator(model_file, Path(work), Path(out_dir)).separate(str(mix), {"Vocals": "vocals"})
     return Path(out_dir) / "vocals.wav"
+
+
+def check_separator(model_file: str | Path) -> None:
+    """ValueError if the package is not installed or the model is not there; whether it is whole shows when it loads."""
+    if find_spec("audio_separator") is None:
+        raise ValueError("vocal separation needs the audio-separator package; pip install 'audio-separator[cpu]' (or [gpu])")
+    if Path(model_file).name != MODEL_NAME or not Path(model_file).is_file():
+        raise ValueError(f"vocal separation needs the model {MODEL_NAME}, got {model_file}; put it into the checkpoints folder")
 
 
 def _decode(source: Path, target: Path) -> Path:

@@ -6,11 +6,14 @@ and raises ValueError for an unreadable file and for tensors that are missing, l
 
 import json
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
@@ -21,6 +24,7 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
 )
+from transformers.utils import logging as library_logging
 
 from stableavatar.models.audio_adapter import AudioAdapter
 from stableavatar.models.checkpoint_files import TORCH_ERRORS, Checkpoint
@@ -60,7 +64,7 @@ BASE_CONFIG_KEYS = {
     "text_len": "text_length",
     "eps": "eps",
 }
-"""A Wan transformer's config.json -> AvatarTransformer's settings."""
+"""A Wan transformer's config.json -> AvatarTransformer's settings; eps is a positive number, the others positive whole numbers."""
 
 UNUSED_AUDIO_TENSORS = {"masked_spec_embed"}
 """Of wav2vec2, for training only; not every published file has it."""
@@ -110,9 +114,21 @@ def _from_folder(folder: Path, load: Callable[[Path], Loaded]) -> Loaded:
     if not folder.is_dir():
         raise ValueError(f"folder {folder} does not exist")
     try:
-        return load(folder)
-    except (OSError, SafetensorError, *TORCH_ERRORS) as error:
+        with _quiet_library():
+            return load(folder)
+    except (OSError, SafetensorError, StrictDataclassError, *TORCH_ERRORS) as error:
         raise ValueError(f"{folder} is incomplete or damaged: {' '.join(str(error).split())[:200]}") from error
+
+
+@contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Keeps transformers' table of missing and spare tensors off the screen: what matters of it is checked and said here."""
+    before = library_logging.get_verbosity()
+    library_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        library_logging.set_verbosity(before)
 
 
 def load_transformer(
@@ -203,6 +219,10 @@ def read_base_config(path: str | Path) -> Config:
         raise ValueError(f"base model config {path} is missing or not JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"base model config {path} holds no settings by name")
+    for key in BASE_CONFIG_KEYS.keys() & found.keys():
+        kinds, expected = ((int, float), "a positive number") if key == "eps" else ((int,), "a positive whole number")
+        if type(found[key]) not in kinds or not 0 < found[key] < math.inf:
+            raise ValueError(f"base model config {path}: {key} must be {expected}, got {json.dumps(found[key])[:80]}")
     ignored = sorted(found.keys() - BASE_CONFIG_KEYS.keys() - {"model_type"})
     if ignored:
         logger.info("%s: keys without a use here: %s", path, ", ".join(ignored))
