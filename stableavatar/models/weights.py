@@ -85,12 +85,14 @@ def load_released(checkpoints: Path, transformer: str, base: str, wav2vec: str, 
     if missing:
         raise ValueError(f"checkpoints lack {', '.join(missing)}; the README's section 'Weights' shows the layout")
     fresh = file.resolve().is_relative_to(folder.resolve())
+    small = load_small_parts(folder / TOKENIZER_FOLDER, checkpoints / wav2vec)
+    width = {"audio_dim": small["audio_encoder"].config.hidden_size} if fresh else None  # a base file cannot tell
     return {
-        "transformer": load_transformer(file, dtype, base_config=folder / BASE_CONFIG_FILE, fresh_audio=fresh),
+        "transformer": load_transformer(file, dtype, base_config=folder / BASE_CONFIG_FILE, config=width, fresh_audio=fresh),
         "vae": load_vae(folder / VAE_FILE, torch.float32),
         "text_encoder": load_text_encoder(folder / TEXT_ENCODER_FILE, dtype),
         "image_encoder": load_image_encoder(folder / IMAGE_ENCODER_FILE, dtype),
-        **load_small_parts(folder / TOKENIZER_FOLDER, checkpoints / wav2vec),
+        **small,
     }
 
 
