@@ -58,13 +58,13 @@ class OptimizerConfig:
     eps: float = setting(1e-10, "added to the root of the square", low=0)
     weight_decay: float = setting(3e-2, "of matrices; norms, biases and modulations have none", low=0)
     clip: float = setting(0.05, "largest norm of the gradient; 0 for no clipping", low=0)
-    clip_mode: str = setting("constant", "adaptive: the limit starts higher, falls, and is tightened for outliers, as in the released scripts",
+    clip_mode: str = setting("constant", "adaptive: the limit starts higher, falls, and tightens for outliers, as in the released scripts",
                              choices=("constant", "adaptive"))
     clip_start: int = setting(1000, "adaptive: step at which the limit has fallen to clip and outliers are tightened", low=1)
     clip_ratio: float = setting(5.0, "adaptive: the limit at the first step, as a multiple of clip", low=1)
     schedule: str = setting("constant", "learning rate after the warm-up", choices=("constant", "cosine", "linear"))
     warmup: int = setting(100, "steps of linear warm-up", low=0)
-    ema: float = setting(0.0, "decay of the weights' moving average, which is then what is saved for use; 0 for none", low=0, high=0.999999)
+    ema: float = setting(0.0, "decay of the weights' moving average, which is then what is saved for use; 0 for none", low=0, high=1)
 
 
 @dataclass
