@@ -3,13 +3,16 @@
 Shapes: B batch, T pixel frames, F latent frames, H x W pixels, h x w latent height and width.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from stableavatar.geometry import PATCH, SPATIAL_STRIDE, frames_to_latents
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,16 @@ class Bucket:
     width: int
     height: int
     frames: int
+
+    @property
+    def latents(self) -> tuple[int, int, int]:
+        """(F, h, w) of a sample's latents."""
+        return frames_to_latents(self.frames), self.height // SPATIAL_STRIDE, self.width // SPATIAL_STRIDE
+
+    @property
+    def tokens(self) -> int:
+        """Latent tokens of a sample."""
+        return math.prod(self.latents) // PATCH**2
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,7 @@ def stack(samples: Sequence[EncodedSample], text_length: int, device: torch.devi
     def padded(text: Tensor) -> Tensor:
         return functional.pad(text, (0, 0, 0, text_length - len(text)))
 
-    tensors = {name: [padded(x) if name == "text" else x for x in (getattr(s, name) for s in samples)] for name in TENSORS}
-    assert TENSORS == tuple(field.name for field in fields(Batch) if field.name in TENSORS)
-    stacked = {name: torch.stack(list(values)).to(device, torch.float32) for name, values in tensors.items()}
-    return Batch(tuple(s.item for s in samples), tuple(s.name for s in samples), **stacked)
+    tensors = {name: [getattr(sample, name) for sample in samples] for name in TENSORS}
+    tensors["text"] = [padded(text) for text in tensors["text"]]
+    stacked = {name: torch.stack(values).to(device, torch.float32) for name, values in tensors.items()}
+    return Batch(tuple(sample.item for sample in samples), tuple(sample.name for sample in samples), **stacked)

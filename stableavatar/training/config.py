@@ -137,8 +137,6 @@ class TrainConfig(Config):
             raise ValueError(f"objective.face_share + objective.lip_share must not exceed 1, got {masked:g}")
         if self.data.cache and not self.data.runs:
             raise ValueError("data.cache needs data.runs of at least 1: a cache holds fixed runs of frames")
-        if self.data.cache and self.data.validation_lists:
-            raise ValueError("data.validation_lists are encoded while training; they do not go with data.cache yet")
 
 
 def parse_words(text: str) -> list[str]:

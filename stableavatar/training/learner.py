@@ -1,0 +1,126 @@
+"""What learns: the transformer with its trainable weights, their optimiser, schedule and moving average, on every process."""
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from stableavatar.models.dit import AvatarTransformer
+from stableavatar.models.lora import TrainedLora, add_lora
+from stableavatar.training.config import TrainConfig
+from stableavatar.training.ema import Ema
+from stableavatar.training.optimizer import clip_gradients, make_optimizer, make_schedule
+from stableavatar.training.parts import load_training_transformer
+from stableavatar.training.processes import strategy
+from stableavatar.training.state import ExactState, write_transformer
+from stableavatar.training.trainable import parameter_groups, select, to_training_dtype, trained
+
+logger = logging.getLogger(__name__)
+
+LORA = "lora.safetensors"
+"""Inside a checkpoint of a LoRA run."""
+
+
+def make_trainable(transformer: AvatarTransformer, config: TrainConfig) -> TrainedLora | None:
+    """Chooses what trains and in which precision; gives what saving a LoRA needs, None if there is none."""
+    lora = None
+    if config.what == "lora":
+        lora = add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.adapter, config.seed)
+    else:
+        select(transformer, config.what)
+    to_training_dtype(transformer, getattr(torch, config.dtype))
+    transformer.set_attention_backend(config.attention)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return lora
+
+
+class Learner:
+    """The network and its optimiser, prepared by accelerate.
+
+    Attributes:
+        transformer: as the pipeline takes it; model: as the launcher's strategy wrapped it.
+
+    Args:
+        total_steps: optimiser steps of the whole run, for the schedule.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, total_steps: int) -> None:
+        self.config, self.accelerator = config, accelerator
+        # What stays frozen need not be read in more than it computes in; what trains becomes float32 below.
+        dtype = getattr(torch, config.dtype) if config.what == "lora" else torch.float32
+        transformer = load_training_transformer(config, dtype)
+        self.lora = make_trainable(transformer, config)
+        self.text_length = transformer.config.text_length
+        if config.compile:
+            transformer.compile_repeated_blocks()
+        optimizer = make_optimizer(parameter_groups(transformer, config.optimizer), config.optimizer)
+        self.schedule = make_schedule(optimizer, config.optimizer, total_steps)
+        self.model, self.optimizer = accelerator.prepare(transformer.train(), optimizer)
+        self.transformer: AvatarTransformer = accelerator.unwrap_model(self.model)
+        self.ema = Ema(self.transformer, config.optimizer.ema) if config.optimizer.ema else None
+        self._state = ExactState(accelerator, self.schedule, self.ema)
+
+    def backward(self, loss: Tensor, step: int, check_norm: Callable[[float], None]) -> float | None:
+        """Gradients of a forward's loss and, if it is the last forward of the optimiser step, the update.
+
+        Args:
+            step: optimiser steps before this one.
+            check_norm: told the gradient's norm before the update (DeepSpeed: after it).
+
+        Returns:
+            the norm that the gradient had before clipping; None for a forward that is not the last.
+        """
+        self.accelerator.backward(loss)
+        if not self.accelerator.sync_gradients:
+            return None
+        if strategy(self.accelerator).startswith("zero"):  # its backward has made the update
+            norm = float(self.model.get_global_grad_norm())
+        else:
+            norm = clip_gradients(trained(self.transformer).values(), self.config.optimizer, step)
+        check_norm(norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.step()
+        return norm
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the main group."""
+        return self.schedule.get_last_lr()[0]
+
+    def save(self, folder: Path) -> None:
+        """Writes a checkpoint: the exact state, and the weights for use; called by all processes."""
+        self._state.save(folder / "state")
+        weights, dtype = self._weights_for_use(), getattr(torch, self.config.checkpoint.dtype)
+        if not self.accelerator.is_main_process:
+            return
+        if self.lora:
+            self.lora.save(folder / LORA, weights.items(), self.schedule.last_epoch, dtype)
+        else:
+            write_transformer(self.transformer, weights, folder, dtype, self.config.checkpoint.released)
+
+    def load(self, folder: Path) -> None:
+        """Goes on from a checkpoint. Raises ValueError if it is of a run of another kind."""
+        self._state.load(folder / "state")
+
+    def _weights_for_use(self) -> dict[str, Tensor]:
+        """Weights by name on the main process's host, the averaged ones if there is an average; of a LoRA run those that train."""
+        wanted = trained(self.transformer) if self.lora else None
+        with self.ema.swapped() if self.ema else nullcontext():
+            state = self.accelerator.get_state_dict(self.model)
+            if not self.accelerator.is_main_process:
+                return {}
+            return {name: tensor.to("cpu", copy=True) for name, tensor in state.items() if wanted is None or name in wanted}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many numbers train, and how many are frozen."""
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad is flag) for flag in (True, False)]
+    return counts[0], counts[1]

@@ -1,0 +1,206 @@
+"""The training loop: samples, loss, update, and now and then a report, a checkpoint, a validation."""
+
+import logging
+import math
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stableavatar.data.dataset import Loaded
+from stableavatar.data.samples import Batch, stack
+from stableavatar.models.kernels import check_backend
+from stableavatar.training.config import TrainConfig
+from stableavatar.training.encode import SampleEncoder
+from stableavatar.training.learner import Learner
+from stableavatar.training.objective import Losses, Objective
+from stableavatar.training.parts import check_model, load_frozen_parts
+from stableavatar.training.processes import gather_objects, make_accelerator, on_main, sum_over_processes
+from stableavatar.training.report import Report
+from stableavatar.training.run_folder import RunFolder, read_record
+from stableavatar.training.source import SIGNALS, SampleSource
+from stableavatar.training.state import Position
+from stableavatar.training.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run, from its settings; every process makes its own.
+
+    Raises:
+        ValueError: settings, files or clips that cannot be used, before anything is trained.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        torch.set_flush_denormal(True)  # as in inference: the frames after the reference fade to denormals inside the VAE
+        self.config = config
+        self.accelerator = make_accelerator(config)
+        self.folder = RunFolder(config.output, config.checkpoint.keep)
+        self.validation = Validation(config, self.accelerator, self.folder.path)
+        check_model(config, frozen=self._needs_encoders())
+        check_backend(config.attention, self.accelerator.device, torch.float32)
+        start = on_main(self.accelerator, lambda: self.folder.open(config))
+        self.source = SampleSource(config, self.accelerator, self.folder.path)
+        self.position = self._position(start)
+        self.total_steps = self._total_steps()
+        self.objective = Objective(config.objective, config.seed)
+        self.learner = Learner(config, self.accelerator, self.total_steps)
+        frozen = load_frozen_parts(config) if self._needs_encoders() else {}
+        self.encoder = SampleEncoder(frozen, self.learner.text_length, self.accelerator.device, config.encoders == "handover")
+        if start:
+            self.learner.load(start)
+        self.report = self._make_report()
+        self._since_save: Counter[str] = Counter()
+        self._stop_asked = self._stopping = False
+
+    def run(self) -> None:
+        """Trains to the end, or to a signal that time is over; either way the last thing is a checkpoint.
+
+        Raises:
+            FloatingPointError: a loss or a gradient is not finite.
+            ValueError: too many broken clips.
+        """
+        with self._watching_signals():
+            steps = self.source.steps(self.position.epoch, self.position.epoch_step)
+            while self.position.step < self.total_steps and not self._stopping:
+                self._step(next(steps))
+            if self._since_save:
+                self._save()
+        self.report.close()
+        said = "stopped by a signal" if self._stopping else "finished"
+        self._say("%s at step %d of %d; the last checkpoint is %s", said, self.position.step, self.total_steps, self.folder.last())
+        self.accelerator.end_training()
+
+    def _step(self, forwards: list[list[Loaded]]) -> None:
+        """One optimiser step, and what is due after it."""
+        self.learner.model.train()
+        tally, norm, sums = Counter(), None, {}
+        for loaded in forwards:
+            batch = self._encode(loaded)
+            with self.accelerator.accumulate(self.learner.model):
+                with self.accelerator.autocast():
+                    losses = self.objective(self.learner.model, batch)
+                self._count(tally, batch, losses)
+                if self.accelerator.sync_gradients:  # before the update: after it the weights would be lost
+                    sums = self._agree(tally, forwards)
+                norm = self.learner.backward(self._share(batch, losses), self.position.step, self._check_norm)
+        ended = self.position.advance(int(sums["samples"]), self.source.plan.steps_per_epoch)
+        self._since_save.update({name: sums[name] for name in ("loss", "samples")})
+        self._report(sums, norm)
+        self._do_what_is_due(ended)
+
+    def _encode(self, loaded: list[Loaded]) -> Batch:
+        values = [entry.value for entry in loaded]
+        if not self.config.data.cache:
+            values = self.encoder.encode(values)
+        return stack(values, self.learner.text_length, self.accelerator.device)
+
+    def _share(self, batch: Batch, losses: Losses) -> Tensor:
+        """This forward's part of the step's mean loss, as accelerate (which averages over forwards and processes) wants it."""
+        places = self.accelerator.num_processes * self.config.accumulation
+        return (batch.weights * losses.per_sample).sum() * places / batch.items[0].of
+
+    def _count(self, tally: Counter[str], batch: Batch, losses: Losses) -> None:
+        """Adds a forward's sums over samples to those of the step."""
+        for name, values in {"loss": losses.per_sample.detach(), **losses.parts}.items():
+            tally[name] += (values.double() * batch.weights).sum().cpu()
+        tally["samples"] += float(batch.weights.sum())
+        bucket = batch.items[0].bucket
+        tally["tokens"] += len(batch.items) * bucket.tokens
+        tally["flops"] += len(batch.items) * self.report.flops(bucket)
+
+    def _agree(self, tally: Counter[str], forwards: list[list[Loaded]]) -> dict[str, float]:
+        """The step's sums over all processes, and what follows for all alike: a loss that is not finite, broken clips, a signal."""
+        sums = sum_over_processes(self.accelerator, {**tally, "stop": float(self._stop_asked), "broken": float(self.source.new_broken)})
+        if not math.isfinite(sums["loss"]):
+            names = [entry.value.name for loaded in forwards for entry in loaded]
+            self._fail(f"the loss is not finite ({sums['loss']})", names if not math.isfinite(tally["loss"]) else [])
+        if self.source.too_many(int(sums["broken"])):
+            self.source.tell_broken()
+        self._stopping = sums["stop"] > 0
+        return sums
+
+    def _check_norm(self, norm: float) -> None:
+        if not math.isfinite(norm):
+            self._fail(f"the norm of the gradient is not finite ({norm})", [])
+
+    def _fail(self, what: str, names: list[str]) -> None:
+        """Raises FloatingPointError that names the clips of all processes and the checkpoint to go on from; called by all of them."""
+        names = gather_objects(self.accelerator, names)
+        clips = f"; clips: {', '.join(names)}" if names else ""
+        raise FloatingPointError(f"step {self.position.step + 1}: {what}{clips}; the last good checkpoint is {self.folder.last()}")
+
+    def _report(self, sums: dict[str, float], norm: float) -> None:
+        means = {name: sums[name] / sums["samples"] for name in ("loss", "masked", "velocity", "motion") if name in sums}
+        self.report.step(self.position.step, self.position.epoch, means, norm, self.learner.learning_rate, sums["tokens"], sums["flops"])
+
+    def _do_what_is_due(self, epoch_ended: bool) -> None:
+        """Account of broken clips, validation, checkpoint."""
+        step, config = self.position.step, self.config
+        if epoch_ended:
+            self.source.tell_broken()
+        if config.validation.every and step % config.validation.every == 0:
+            self.validation.videos(step, self.learner, self.encoder)
+        if step % config.checkpoint.every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        """Writes a checkpoint under a temporary name, then gives it its own; called by all processes."""
+        step, partial = self.position.step, self.folder.partial(self.position.step)
+        loss, measured = self._since_save["loss"] / max(1, self._since_save["samples"]), "mean training loss since the last checkpoint"
+        if self.validation.held_out and not self._stopping:  # when a job's time is over there is none for it
+            loss, measured = self.validation.loss(self.learner, self.encoder), "loss on held-out clips"
+            self.report.validation(step, loss)
+        on_main(self.accelerator, lambda: partial.mkdir(parents=True, exist_ok=True))
+        self.learner.save(partial)
+        self.accelerator.wait_for_everyone()
+        record = {**asdict(self.position), "places": self.source.plan.places, "clips": len(self.source.clips), "measured": measured}
+        path = on_main(self.accelerator, lambda: self.folder.publish(step, record, loss))
+        self._since_save.clear()
+        self._say("saved %s: %s %.5f", path, measured, loss)
+
+    def _position(self, start: Path | None) -> Position:
+        """Where to go on. With other clips or another number of samples per step an epoch is cut otherwise, and begins anew."""
+        if start is None:
+            return Position()
+        record = read_record(start)
+        position = Position(**{field.name: record[field.name] for field in fields(Position)})
+        if (record["places"], record["clips"]) != (self.source.plan.places, len(self.source.clips)):
+            self._say("%s was saved with %d samples per step and %d clips, now %d and %d: epoch %d begins anew", start, record["places"],
+                      record["clips"], self.source.plan.places, len(self.source.clips), position.epoch)
+            position.epoch_step = 0
+        self._say("going on from %s: step %d, epoch %d", start, position.step, position.epoch)
+        return position
+
+    def _total_steps(self) -> int:
+        """Optimiser steps of the whole run, those already done included."""
+        position, per_epoch = self.position, self.source.plan.steps_per_epoch
+        total = position.step - position.epoch_step + (self.config.epochs - position.epoch) * per_epoch
+        return min(total, self.config.max_steps or total)
+
+    def _needs_encoders(self) -> bool:
+        return not self.config.data.cache or self.validation.needs_encoders
+
+    @contextmanager
+    def _watching_signals(self) -> Iterator[None]:
+        """Notes the signals that announce the end of a job's time; the step in work is finished first."""
+        def note(number: int, frame: object) -> None:
+            self._stop_asked = True
+
+        self._stop_asked = False
+        before = {number: signal.signal(number, note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _say(self, text: str, *values: object) -> None:
+        if self.accelerator.is_main_process:
+            logger.info(text, *values)
