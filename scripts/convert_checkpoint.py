@@ -23,7 +23,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, UMT5Co
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stableavatar.config import InferenceConfig  # noqa: E402
+from stableavatar.config import RELEASED_TRANSFORMER, InferenceConfig  # noqa: E402
 from stableavatar.models import weights  # noqa: E402
 from stableavatar.models.checkpoint_files import Checkpoint  # noqa: E402
 from stableavatar.models.checkpoint_writing import write_tensors  # noqa: E402
@@ -173,8 +173,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("direction", choices=("to-diffusers", "to-released"))
     parser.add_argument("source", type=Path, help="CHECKPOINTS for to-diffusers, FOLDER for to-released")
     parser.add_argument("target", type=Path, help="the other one; made if missing")
-    for option in ("transformer", "base", "wav2vec"):
-        parser.add_argument(f"--{option}", default=getattr(InferenceConfig, option), help="path in CHECKPOINTS (default: %(default)s)")
+    for option, default in (("transformer", RELEASED_TRANSFORMER), ("base", InferenceConfig.base), ("wav2vec", InferenceConfig.wav2vec)):
+        parser.add_argument(f"--{option}", default=default, help="path in CHECKPOINTS (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=("transformer", "vae", "text_encoder", "image_encoder"), help="convert these alone")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

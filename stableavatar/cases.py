@@ -3,8 +3,6 @@
 import csv
 import logging
 import platform
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,10 +17,12 @@ import torch
 from stableavatar import __version__
 from stableavatar.config import InferenceConfig, flatten, override, read_yaml, settings
 from stableavatar.data.vocals import check_separator, separate_vocals
-from stableavatar.folders import check_index
+from stableavatar.folders import check_named
 from stableavatar.geometry import round_size
+from stableavatar.machine import peak_host_bytes
 from stableavatar.media import AudioTrack, VideoWriter, read_image, write_sidecar
-from stableavatar.pipeline import StableAvatarPipeline
+from stableavatar.models.lora_files import check_loras
+from stableavatar.pipeline import StableAvatarPipeline, transformer_path
 from stableavatar.sampling.offload import resolve_device
 from stableavatar.video_writer import check_frames_dir, sidecar_path
 
@@ -142,12 +142,13 @@ def plan_case(config: InferenceConfig, row: dict[str, Any], number: int) -> Infe
 
 
 def check_model(config: InferenceConfig) -> None:
-    """Raise ValueError if the device is not there or no model is named; its files are checked as they load."""
+    """Raise ValueError if the device or a LoRA file is not there or no model is named; its files are checked as they load."""
     resolve_device(config.device)
-    if not (config.model or config.checkpoints):
-        raise ValueError("no model is named; give model=FOLDER (a complete pipeline) or checkpoints=FOLDER (the released files)")
-    if config.model:
-        check_index(StableAvatarPipeline, Path(config.model))
+    check_named(StableAvatarPipeline, config.model, config.checkpoints)
+    check_loras(config.lora)
+    if config.model and config.transformer and not transformer_path(config).exists():
+        raise ValueError(f"transformer {config.transformer} does not exist; with model=, name a file or a saved folder (relative to here), "
+                         "or give transformer= for the pipeline's own")
 
 
 def check_apart(case: InferenceConfig, others: list[InferenceConfig]) -> None:
@@ -224,14 +225,6 @@ def make_video(pipeline: StableAvatarPipeline, case: InferenceConfig) -> None:
 def heard(case: InferenceConfig, scratch: str) -> str | Path:
     """The file that drives the lips: the audio itself, or its vocals alone, written to the folder `scratch`."""
     return separate_vocals(case.audio, case.vocal_separator, scratch) if case.vocal_separator else case.audio
-
-
-def peak_host_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux's ru_maxrss starts at what the parent process had
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def record(case: InferenceConfig, device: torch.device, frames: int, timings: dict[str, float | None]) -> dict[str, Any]:

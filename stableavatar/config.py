@@ -22,6 +22,8 @@ WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
     "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
+RELEASED_TRANSFORMER = "StableAvatar-1.3B/transformer3d-square.pt"
+"""The published weights that are meant where none are named."""
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 UNRESOLVED = re.compile(r"(\\*)\$\{")
 """Start of what omegaconf takes for an interpolation; it takes a pair of backslashes before it for one."""
@@ -92,9 +94,11 @@ class InferenceConfig(Config):
 
     model: str = setting("", "folder of a complete pipeline (save_pretrained); used instead of checkpoints if given", fixed=True)
     checkpoints: str = setting("", "folder of the released files, laid out as published", fixed=True)
-    transformer: str = setting("StableAvatar-1.3B/transformer3d-square.pt", "weights: file in checkpoints, or absolute path", fixed=True)
+    transformer: str = setting("", f"weights: file in checkpoints, or absolute path (empty: {RELEASED_TRANSFORMER}); with model, a file or "
+                               "a saved folder that replaces the pipeline's own", fixed=True)
     base: str = setting("Wan2.1-Fun-V1.1-1.3B-InP", "Wan base model: folder in checkpoints, or absolute path", fixed=True)
     wav2vec: str = setting("wav2vec2-base-960h", "speech encoder: folder in checkpoints, or absolute path", fixed=True)
+    lora: str = setting("", "LoRA files, separated by commas, each FILE or FILE:WEIGHT; merged into the weights as they load", fixed=True)
 
     reference: str = setting("", "the portrait: an image file")
     audio: str = setting("", "the voice: an audio or video file of any format, rate and channel count")

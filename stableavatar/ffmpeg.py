@@ -4,12 +4,20 @@ import re
 import struct
 import subprocess
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import imageio_ffmpeg
+import numpy as np
 
 UNKNOWN_WAV_SIZE = 0x7FFF0000
 """Programs that write a WAV into a pipe cannot go back to fill in its size; they put 0 or a value above this."""
+TRUNCATED = ("partial file", "ended prematurely")
+"""ffmpeg's words for a container that ends before its index does (it carries on with what there is)."""
+DISCARD = 0x4
+"""Flag of packets before the start of a cut file: they are decoded for the sake of the later ones, and not shown."""
+JITTER = 0.25
+"""Frames by which the times of an evenly spaced stream may deviate (containers round them)."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,25 @@ class AudioStream:
     rate: int
     layout: str
     duration: float | None
+
+
+@dataclass(frozen=True)
+class VideoStream:
+    """The first video stream of a file as ffmpeg shows it: upright, its frames numbered from 0 at a constant rate.
+
+    Attributes:
+        frames, fps: how many frames, and how many a second.
+        even: the file's own frames are evenly spaced, so frame i is the i-th of them; else some are repeated or dropped on the way.
+        start: seconds from the start of the file to frame 0; sound_delay: seconds from frame 0 to the start of the file's sound.
+    """
+
+    width: int
+    height: int
+    frames: int
+    fps: float
+    even: bool
+    start: float
+    sound_delay: float
 
 
 def command(*arguments: str) -> list[str]:
@@ -72,6 +99,52 @@ def probe_audio(path: Path) -> AudioStream:
     if stream is None:
         raise ValueError(f"no audio stream in {path}; give an audio file or a video with sound")
     return AudioStream(int(stream[1]), stream[2].strip(), _promised_duration(log))
+
+
+def probe_video(path: Path) -> VideoStream:
+    """The first video stream of a file, counted without decoding it; ValueError where it cannot be read, is truncated or has none."""
+    copy = ["-map", "0:V:0", "-c", "copy", "-f", "framecrc", "pipe:1"]
+    run = subprocess.run(command("-v", "info", *file_input(path), *copy), capture_output=True)
+    log, table = run.stderr.decode(errors="replace"), run.stdout.decode()
+    if "Input #0" not in log:
+        raise ValueError(f"cannot read video {path}: {reason(log)}; expected a whole video file")
+    if any(words in log for words in TRUNCATED):
+        raise ValueError(f"video {path} is truncated; give a whole file")
+    packets = [line.split(",") for line in table.splitlines() if not line.startswith("#")]
+    ticks = np.sort([int(packet[2]) for packet in packets if not _is_discarded(packet)])
+    if not len(ticks):
+        raise ValueError(f"no pictures in {path}; give a video")
+    header = dict(re.findall(r"#(tb|dimensions) 0: (\S+)", table))
+    width, height = (int(side) for side in header["dimensions"].split("x"))
+    turn = re.search(r"rotation of (\S+) degrees", log)
+    if turn and round(float(turn[1])) % 180:
+        width, height = height, width
+    unit = Fraction(header["tb"])
+    start = float(ticks[0] * unit)
+    return VideoStream(width, height, *_grid(ticks, unit, log), start, _sound_start(log) - start)
+
+
+def _is_discarded(packet: list[str]) -> bool:
+    """Whether a line of framecrc (its flags are left out where they say no more than "key frame") is of a packet that is not shown."""
+    return any(int(field.partition("=")[2], 16) & DISCARD for field in packet if field.startswith(" F="))
+
+
+def _grid(ticks: np.ndarray, unit: Fraction, log: str) -> tuple[int, float, bool]:
+    """Frames, rate and evenness of a stream whose frames are shown at `ticks`, in `unit` seconds."""
+    count, length = len(ticks), int(ticks[-1]) - int(ticks[0])
+    mean = float((count - 1) / (length * unit)) if length else 1.0
+    if length and np.abs((ticks - ticks[0]) * ((count - 1) / length) - np.arange(count)).max() < JITTER:
+        return count, mean, True
+    base = re.search(r" ([\d.]+) tbr", log)
+    rate = float(base[1]) if base else mean
+    return round(float(length * unit) * rate) + 1, rate, False
+
+
+def _sound_start(log: str) -> float:
+    """Seconds from the start of a file to that of its first audio stream (whose line names its start where it is not 0)."""
+    own = re.search(r"Stream #.*Audio: .*, start (-?[\d.]+)", log)
+    file = re.search(r"Duration: .*, start: (-?[\d.]+)", log)
+    return (float(own[1]) if own else 0.0) - (float(file[1]) if file else 0.0)
 
 
 def _promised_duration(log: str) -> float | None:

@@ -1,11 +1,13 @@
 """Pipeline folders on disk (save_pretrained), loaded strictly: every tensor of every model comes from its file."""
 
 import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -18,32 +20,57 @@ NAMED = 3
 REASON_LENGTH = 300
 """Characters of a library's complaint that are passed on."""
 P = TypeVar("P", bound=DiffusionPipeline)
+M = TypeVar("M", bound=ModelMixin)
 
 
-def load_folder(cls: type[P], folder: Path, dtypes: dict[str, torch.dtype]) -> P:
+def load_folder(cls: type[P], folder: Path, dtypes: dict[str, torch.dtype], without: Collection[str] = ()) -> P:
     """The pipeline saved in `folder`, without touching the network.
 
     Args:
         dtypes: of the components by name; "default" for the others.
+        without: components that are not needed: they are None, and the folder may lack them.
 
     Raises:
         ValueError: not a folder of this pipeline, a component missing, damaged, with weights of another model or with settings
             that its class does not take.
     """
-    check_index(cls, folder)
-    try:
-        pipe = cls.from_pretrained(folder, dtype=dtypes, local_files_only=True, use_safetensors=True)
-    except (OSError, SafetensorError, StrictDataclassError, *TORCH_ERRORS) as error:
-        reason = " ".join(str(error).split())[:REASON_LENGTH] or type(error).__name__
-        raise ValueError(f"cannot load the pipeline in {folder}; a config.json in it may be wrong, or a file damaged: {reason}") from error
+    check_index(cls, folder, without)
+    with _library_errors(f"the pipeline in {folder}"):
+        pipe = cls.from_pretrained(folder, dtype=dtypes, local_files_only=True, use_safetensors=True, **dict.fromkeys(without))
     for name, module in pipe.components.items():
         if isinstance(module, nn.Module):
             check_names(module, folder / name)
     return pipe
 
 
-def check_index(cls: type[DiffusionPipeline], folder: Path) -> None:
-    """Raise ValueError unless `folder` says that it holds a `cls` and has a folder for each component."""
+def load_model(cls: type[M], folder: Path, dtype: torch.dtype) -> M:
+    """One model saved in `folder` by save_pretrained. Raises ValueError as load_folder does."""
+    with _library_errors(f"the model in {folder}"):
+        model = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+    check_names(model, folder)
+    return model
+
+
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """A library's complaint while it loads `what`, as one line."""
+    try:
+        yield
+    except (OSError, SafetensorError, StrictDataclassError, *TORCH_ERRORS) as error:
+        reason = " ".join(str(error).split())[:REASON_LENGTH] or type(error).__name__
+        raise ValueError(f"cannot load {what}; a config.json in it may be wrong, or a file damaged: {reason}") from error
+
+
+def check_named(cls: type[DiffusionPipeline], model: str, checkpoints: str, without: Collection[str] = ()) -> None:
+    """Raise ValueError if no model is named, or `model` is not the folder of a `cls`; other files are checked as they load."""
+    if not (model or checkpoints):
+        raise ValueError("no model is named; give model=FOLDER (a complete pipeline) or checkpoints=FOLDER (the released files)")
+    if model:
+        check_index(cls, Path(model), without)
+
+
+def check_index(cls: type[DiffusionPipeline], folder: Path, without: Collection[str] = ()) -> None:
+    """Raise ValueError unless `folder` says that it holds a `cls` and has a folder for each component but those of `without`."""
     if not (folder / INDEX_FILE).is_file():
         raise ValueError(f"{folder} is no pipeline folder: it has no {INDEX_FILE}; scripts/make_tiny_model.py makes a tiny one")
     try:
@@ -53,7 +80,8 @@ def check_index(cls: type[DiffusionPipeline], folder: Path) -> None:
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if kind != cls.__name__:
         raise ValueError(f"{folder} holds a {kind}, expected a {cls.__name__}")
-    if missing := [name for name, value in index.items() if isinstance(value, list) and not (folder / name).is_dir()]:
+    parts = {name for name, value in index.items() if isinstance(value, list)}
+    if missing := sorted(name for name in parts - {*without} if not (folder / name).is_dir()):
         raise ValueError(f"the pipeline folder {folder} lacks {', '.join(missing)}")
 
 

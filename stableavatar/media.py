@@ -15,7 +15,7 @@ from stableavatar import ffmpeg
 from stableavatar.geometry import FPS, SAMPLE_RATE
 from stableavatar.video_writer import VideoWriter, write_sidecar
 
-__all__ = ["AudioTrack", "Fit", "VideoWriter", "fit_image", "read_image", "write_sidecar"]
+__all__ = ["AudioTrack", "Fit", "VideoWriter", "crop_image", "fit_image", "read_image", "write_sidecar"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,6 @@ UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, E
 EXIF_ORIENTATION = 0x0112
 SILENT_PEAK = 1e-4
 """-80 dB: below the noise of any microphone."""
-TRUNCATED = ("partial file", "ended prematurely")
-"""ffmpeg's words for a container that ends before its index does (it carries on with what there is)."""
 SCAN_SAMPLES = 1 << 20
 OGG_PAGE = 65_307
 """Bytes of the largest page of an Ogg file (RFC 3533)."""
@@ -36,8 +34,8 @@ OGG_END = 0x04
 """Flag in the sixth byte of the last page of a stream."""
 
 
-def read_image(path: str | Path, quiet: bool = False) -> Image.Image:
-    """An image file as RGB: upright, 8 bit, transparency on white (each change is logged; at debug level if `quiet`).
+def read_image(path: str | Path, quiet: bool = False, backdrop: str = "white") -> Image.Image:
+    """An image file as RGB: upright, 8 bit, transparency on a backdrop (each change is logged; at debug level if `quiet`).
 
     Floating-point grey of at most 1 is taken for 0..1, else for 0..255.
 
@@ -64,10 +62,10 @@ def read_image(path: str | Path, quiet: bool = False) -> Image.Image:
     ]:
         if happened:
             logger.log(level, "image %s: %s", path, what)
-    return _to_rgb(upright, path, level)
+    return _to_rgb(upright, path, level, backdrop)
 
 
-def _to_rgb(image: Image.Image, path: Path, level: int) -> Image.Image:
+def _to_rgb(image: Image.Image, path: Path, level: int, backdrop: str) -> Image.Image:
     if image.mode == "F":
         logger.log(level, "image %s: its floating-point pixels are reduced to 8 bit", path)
         image = _from_floats(np.asarray(image), path)
@@ -75,10 +73,10 @@ def _to_rgb(image: Image.Image, path: Path, level: int) -> Image.Image:
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
+        below = Image.new("RGBA", layer.size, backdrop)
         if layer.getchannel("A").getextrema()[0] < 255:
-            logger.log(level, "image %s: its transparent parts are placed on white", path)
-        return Image.alpha_composite(white, layer).convert("RGB")
+            logger.log(level, "image %s: its transparent parts are placed on %s", path, backdrop)
+        return Image.alpha_composite(below, layer).convert("RGB")
     if image.mode != "RGB":
         logger.log(level, "image %s: converted from %s to RGB", path, image.mode)
     return image.convert("RGB")
@@ -107,7 +105,7 @@ def fit_image(image: Image.Image, width: int, height: int, fit: Fit = "crop") ->
         raise ValueError(f"got fit={fit!r}; expected crop, pad or stretch")
     if image.width < width or image.height < height:
         logger.info("the image of %dx%d is smaller than %dx%d: details will be soft", *image.size, width, height)
-    placed = {"crop": _crop, "pad": _pad, "stretch": _stretch}[fit](image, width, height)
+    placed = {"crop": crop_image, "pad": _pad, "stretch": _stretch}[fit](image, width, height)
     pixels = torch.from_numpy(np.array(placed, dtype=np.float32))
     return (pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
 
@@ -116,11 +114,14 @@ def _stretch(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _crop(image: Image.Image, width: int, height: int) -> Image.Image:
+def crop_image(
+    image: Image.Image, width: int, height: int, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """The largest part of the aspect width:height in the middle, resized; the image itself where its size fits."""
     scale = max(width / image.width, height / image.height)
     left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
     box = (max(0, left), max(0, top), min(image.width, image.width - left), min(image.height, image.height - top))
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return image.resize((width, height), resample, box=box)
 
 
 def _pad(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -192,7 +193,7 @@ class AudioTrack:
         log = run.stderr.decode(errors="replace")
         if run.returncode:
             raise ValueError(f"cannot decode audio {self.path}: {ffmpeg.reason(log)}")
-        if any(words in log for words in TRUNCATED):
+        if any(words in log for words in ffmpeg.TRUNCATED):
             raise ValueError(f"audio {self.path} is truncated: {ffmpeg.reason(log)}; give a whole file")
         if log.strip():
             logger.log(self._level, "audio %s is damaged in places: %s", self.path, ffmpeg.reason(log))

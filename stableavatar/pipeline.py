@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from stableavatar import __version__, geometry
-from stableavatar.config import InferenceConfig, validate
+from stableavatar.config import RELEASED_TRANSFORMER, InferenceConfig, validate
 from stableavatar.encoders import encode_audio, encode_image, encode_text
-from stableavatar.folders import load_folder
+from stableavatar.folders import load_folder, load_model
 from stableavatar.media import AudioTrack, fit_image, read_image
 from stableavatar.models.dit import AvatarTransformer
 from stableavatar.models.kernels import check_backend
-from stableavatar.models.weights import load_released
+from stableavatar.models.lora import merge_files
+from stableavatar.models.lora_files import parse_loras
+from stableavatar.models.weights import load_released, load_transformer
 from stableavatar.sampling.conditioning import Conditioning, reference_channels
 from stableavatar.sampling.denoise import GuidedVelocity, SlidingWindows, denoise_motion_frames, denoise_windows
 from stableavatar.sampling.flow import make_scheduler
@@ -41,20 +43,31 @@ UNRELATED_TO_RESULT = {"output", "frames_dir", "cases", "work_dir", "save_every"
 def _check_widths(transformer: AvatarTransformer, vae: WanVAE, text: UMT5EncoderModel, image: nn.Module, audio: Wav2Vec2Model) -> None:
     """Raises ValueError if an encoder's output is not as wide as the transformer expects."""
     pairs = {
-        "text encoder": (text.config.d_model, transformer.config.text_dim),
-        "image encoder": (image.config.hidden_size, transformer.config.image_dim),
-        "speech encoder": (audio.config.hidden_size, transformer.config.audio_dim),
-        "VAE": (vae.config.z_dim, transformer.config.out_channels),
+        "text encoder": (text, "d_model", "text_dim"),
+        "image encoder": (image, "hidden_size", "image_dim"),
+        "speech encoder": (audio, "hidden_size", "audio_dim"),
+        "VAE": (vae, "z_dim", "out_channels"),
     }
-    for name, (got, expected) in pairs.items():
+    for name, (encoder, theirs, ours) in pairs.items():
+        if transformer is None or encoder is None:  # Training loads the parts that it needs.
+            continue
+        got, expected = getattr(encoder.config, theirs), transformer.config[ours]
         if got != expected:
             raise ValueError(f"the {name} gives {got} channels, the transformer expects {expected}: they are of different models")
 
 
+def transformer_path(config: InferenceConfig) -> Path:
+    """File or folder of the transformer's weights."""
+    if config.model:
+        return Path(config.transformer or Path(config.model) / "transformer")
+    return Path(config.checkpoints) / (config.transformer or RELEASED_TRANSFORMER)
+
+
 def _weight_files(config: InferenceConfig) -> list[str]:
-    """Size and time of the transformer's files: a run does not go on with other weights under the same name."""
-    folder = Path(config.model) / "transformer"
-    files = sorted(folder.glob("*.safetensors")) if config.model else [Path(config.checkpoints) / config.transformer]
+    """Size and time of the transformer's and LoRA files: a run does not go on with other weights under the same name."""
+    path = transformer_path(config)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    files += [file for file, _ in parse_loras(config.lora)]
     return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
 
 
@@ -94,7 +107,7 @@ class StableAvatarPipeline(DiffusionPipeline):
     def from_released(
         cls,
         checkpoints: str | Path,
-        transformer: str = InferenceConfig.transformer,
+        transformer: str = RELEASED_TRANSFORMER,
         base: str = InferenceConfig.base,
         wav2vec: str = InferenceConfig.wav2vec,
         dtype: torch.dtype = torch.bfloat16,
@@ -116,15 +129,31 @@ class StableAvatarPipeline(DiffusionPipeline):
         dtype = resolve_dtype(config.dtype, device)
         check_backend(config.attention, device, dtype)
         if config.model:
-            dtypes = {"default": dtype, "vae": torch.float32, "audio_encoder": torch.float32}
-            pipe = load_folder(cls, Path(config.model), dtypes)
+            pipe = cls._from_folder(config, dtype)
         else:
-            pipe = cls.from_released(config.checkpoints, config.transformer, config.base, config.wav2vec, dtype)
+            pipe = cls.from_released(config.checkpoints, config.transformer or RELEASED_TRANSFORMER, config.base, config.wav2vec, dtype)
+        if loras := parse_loras(config.lora):
+            merge_files(pipe.transformer, loras)
         place(pipe, mode_for(config.memory, device), device)
         pipe.transformer.set_attention_backend(config.attention)
         if config.compile:
             pipe.transformer.compile_repeated_blocks()
         return pipe
+
+    @classmethod
+    def _from_folder(cls, config: InferenceConfig, dtype: torch.dtype) -> "StableAvatarPipeline":
+        """From a pipeline folder, with the transformer that the settings name in place of its own."""
+        folder, dtypes = Path(config.model), {"default": dtype, "vae": torch.float32, "audio_encoder": torch.float32}
+        if not config.transformer:
+            return load_folder(cls, folder, dtypes)
+        path = transformer_path(config)
+        if path.is_dir():
+            transformer = load_model(AvatarTransformer, path, dtype)
+        else:  # the folder's own settings tell what a released file does not: heads, adapter, ...
+            own = AvatarTransformer.load_config(folder / "transformer", local_files_only=True)
+            transformer = load_transformer(path, dtype, config={key: value for key, value in own.items() if not key.startswith("_")})
+        others = load_folder(cls, folder, dtypes, without=("transformer",))
+        return cls(**others.components | {"transformer": transformer})
 
     def __call__(
         self, reference: Image.Image | str, audio: AudioTrack | str, prompt: str = "", config: InferenceConfig | None = None
@@ -193,17 +222,13 @@ class StableAvatarPipeline(DiffusionPipeline):
             bar.update()
             image = encode_image(self.image_encoder, pixels[None], device).to(device, dtype)
             bar.update()
-            reference = self._encode_video(pixels[:, None], geometry.frames_to_latents(min(frames, config.windows.frames)))
+            reference = self._encode_reference(pixels[:, None], geometry.frames_to_latents(min(frames, config.windows.frames)))
             bar.update()
         return Conditioning(text, image, reference_channels(reference, known=1), partial(self._encode_window, audio, config.fps))
 
-    def _encode_video(self, frames: Tensor, latents: int) -> Tensor:
+    def _encode_reference(self, frames: Tensor, latents: int) -> Tensor:
         """Frames [3, n, H, W], followed by zeros, as `latents` normalised latent frames [16, F, h, w]."""
-        total = geometry.latents_to_frames(latents)
-        frames = frames.to(self._execution_device)
-        blank = torch.zeros_like(frames[:, :1])
-        chunks = (frames[:, i : i + 1] if i < frames.shape[1] else blank for i in range(total))
-        return torch.cat(list(self.vae.encode_stream(chunks)), dim=1)
+        return self.vae.encode_reference(frames.to(self._execution_device), latents)
 
     def _encode_window(self, audio: AudioTrack, fps: float, window: Window) -> Tensor:
         """wav2vec features [1, Ta, A] of exactly a window's pixel frames."""
@@ -247,7 +272,7 @@ class StableAvatarPipeline(DiffusionPipeline):
         """Reference channels of a clip that goes on from the last `overlap` latent frames of `clip` [16, F, h, w]."""
         frames = torch.cat(list(self.vae.decode_stream([clip.to(self._execution_device)])), dim=1)
         tail = frames[:, -geometry.latents_to_frames(overlap) :]
-        return reference_channels(self._encode_video(tail, clip.shape[1]), known=overlap)
+        return reference_channels(self._encode_reference(tail, clip.shape[1]), known=overlap)
 
     def _decode(self, latents: Iterator[Tensor], frames: int, on_progress: Callable[[int], object]) -> Iterator[Tensor]:
         """Pixels of a stream of latents, cut after `frames`."""

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan, ModelMixin  # noqa: F401 (loading a pipe
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
-from stableavatar.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from stableavatar.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE, latents_to_frames
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,16 @@ class WanVAE(AutoencoderKLWan):
             moments = self._blend([[self._encode_tile(group, tile) for tile in row] for row in tiles], SPATIAL_STRIDE)
             mean, std = self._statistics(group.device)
             yield (moments.chunk(2, dim=1)[0][0] - mean) / std
+
+    def encode_reference(self, frames: Tensor, latents: int) -> Tensor:
+        """What image-to-video is conditioned on: the first frames [3, n, H, W], on the device to run on, followed by zeros.
+
+        Returns:
+            normalised latents [16, latents, H / 8, W / 8]
+        """
+        blank = torch.zeros_like(frames[:, :1])
+        chunks = (frames[:, i : i + 1] if i < frames.shape[1] else blank for i in range(latents_to_frames(latents)))
+        return torch.cat(list(self.encode_stream(chunks)), dim=1)
 
     @apply_forward_hook
     @torch.no_grad()

@@ -1,6 +1,5 @@
 """Writes files of named tensors one tensor after another, so that a checkpoint larger than memory can be made."""
 
-import contextlib
 import json
 import mmap
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stableavatar.files import replacing
 from stableavatar.models.checkpoint_files import BYTES_PER_OPENING
 
 Specs = dict[str, tuple[torch.dtype, torch.Size]]
@@ -29,7 +29,9 @@ SAFETENSORS_DTYPES = {
 }
 
 
-def write_tensors(path: str | Path, specs: Specs, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_tensors(
+    path: str | Path, specs: Specs, tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str] | None = None
+) -> None:
     """Writes a `.safetensors` file, or a torch state dict for any other ending; only one tensor at a time is in memory.
 
     The file appears under its name when it is complete, and not at all after an error. The torch file's zip checksums are left
@@ -38,29 +40,21 @@ def write_tensors(path: str | Path, specs: Specs, tensors: Iterable[tuple[str, T
     Args:
         specs: of all tensors to come, since they stand in front of the data.
         tensors: (name, tensor) in any order, each name of `specs` once.
+        metadata: for the header of a `.safetensors` file; others have no place for it.
 
     Raises:
         ValueError: the file cannot be written.
     """
     path = Path(path)
-    write = _write_safetensors if path.suffix == ".safetensors" else _write_torch
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(path) as part:
-            write(part, specs, tensors)
+        with replacing(path) as partial:
+            if path.suffix == ".safetensors":
+                _write_safetensors(partial, specs, tensors, metadata or {})
+            else:
+                _write_torch(partial, specs, tensors)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name next to `path`, moved to `path` when all went well and removed when not."""
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _expect(specs: Specs, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -72,8 +66,8 @@ def _expect(specs: Specs, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tup
     assert not left, f"never given: {list(left)}"
 
 
-def _write_safetensors(path: Path, specs: Specs, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    offsets, header, end = {}, {"__metadata__": {"format": "pt"}}, 0
+def _write_safetensors(path: Path, specs: Specs, tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str]) -> None:
+    offsets, header, end = {}, {"__metadata__": {"format": "pt"} | metadata}, 0
     for name, (dtype, shape) in sorted(specs.items(), key=lambda item: -item[1][0].itemsize):  # wide ones first: all are aligned
         offsets[name], end = end, end + shape.numel() * dtype.itemsize
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
     UMT5Config,
     UMT5EncoderModel,
+    Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
 )
@@ -66,6 +68,7 @@ BASE_CONFIG_KEYS = {
 }
 """A Wan transformer's config.json -> AvatarTransformer's settings; eps is a positive number, the others positive whole numbers."""
 
+FRESH_AUDIO_SEED = 0
 UNUSED_AUDIO_TENSORS = {"masked_spec_embed"}
 """Of wav2vec2, for training only; not every published file has it."""
 
@@ -79,21 +82,57 @@ def load_released(checkpoints: Path, transformer: str, base: str, wav2vec: str, 
         base: folder of the Wan base model; wav2vec: folder of the speech encoder.
         dtype: of transformer, text and image encoder; the VAE and wav2vec2 are in float32.
     """
-    file, folder = checkpoints / transformer, checkpoints / base
-    parts = (BASE_CONFIG_FILE, VAE_FILE, TEXT_ENCODER_FILE, IMAGE_ENCODER_FILE, TOKENIZER_FOLDER)
-    missing = [str(path) for path in (file, checkpoints / wav2vec, *(folder / part for part in parts)) if not path.exists()]
-    if missing:
-        raise ValueError(f"checkpoints lack {', '.join(missing)}; the README's section 'Weights' shows the layout")
-    fresh = file.resolve().is_relative_to(folder.resolve())
-    small = load_small_parts(folder / TOKENIZER_FOLDER, checkpoints / wav2vec)
-    width = {"audio_dim": small["audio_encoder"].config.hidden_size} if fresh else None  # a base file cannot tell
-    return {
-        "transformer": load_transformer(file, dtype, base_config=folder / BASE_CONFIG_FILE, config=width, fresh_audio=fresh),
-        "vae": load_vae(folder / VAE_FILE, torch.float32),
-        "text_encoder": load_text_encoder(folder / TEXT_ENCODER_FILE, dtype),
-        "image_encoder": load_image_encoder(folder / IMAGE_ENCODER_FILE, dtype),
-        **small,
-    }
+    files = ReleasedFiles(checkpoints / transformer, checkpoints / base, checkpoints / wav2vec)
+    files.check()
+    return {"transformer": files.load_transformer(dtype), **files.load_encoders(dtype)}
+
+
+@dataclass(frozen=True)
+class ReleasedFiles:
+    """Where the released files lie: the transformer's weights, the folder of the Wan base model, that of the speech encoder."""
+
+    transformer: Path
+    base: Path
+    wav2vec: Path
+
+    @property
+    def fresh_audio(self) -> bool:
+        """Whether the weights are the base model's own, which have no audio tensors."""
+        return self.transformer.resolve().is_relative_to(self.base.resolve())
+
+    @property
+    def encoder_files(self) -> dict[str, Path]:
+        """Component -> the file or folder with its weights, for the components that never train."""
+        names = {"vae": VAE_FILE, "text_encoder": TEXT_ENCODER_FILE, "image_encoder": IMAGE_ENCODER_FILE, "tokenizer": TOKENIZER_FOLDER}
+        return {component: self.base / name for component, name in names.items()} | {"audio_encoder": self.wav2vec}
+
+    def check(self, transformer: bool = True, encoders: bool = True) -> None:
+        """Raise ValueError if a file is not there that loading the transformer, or the encoders, needs."""
+        needed = [self.transformer, self.base / BASE_CONFIG_FILE, *([self.wav2vec] if self.fresh_audio else [])] if transformer else []
+        needed += self.encoder_files.values() if encoders else []
+        missing = [str(path) for path in dict.fromkeys(needed) if not path.exists()]
+        if missing:
+            raise ValueError(f"checkpoints lack {', '.join(missing)}; the README's section 'Weights' shows the layout")
+
+    def load_transformer(self, dtype: torch.dtype) -> AvatarTransformer:
+        """The transformer; the base model's own weights get fresh audio tensors."""
+        width = None
+        if self.fresh_audio:  # a base file cannot tell how wide the speech encoder is
+            speech = _from_folder(self.wav2vec, lambda folder: Wav2Vec2Config.from_pretrained(folder, local_files_only=True))
+            width = {"audio_dim": speech.hidden_size}
+        return load_transformer(
+            self.transformer, dtype, base_config=self.base / BASE_CONFIG_FILE, config=width, fresh_audio=self.fresh_audio
+        )
+
+    def load_encoders(self, dtype: torch.dtype) -> dict[str, Any]:
+        """All other components; the VAE and wav2vec2 in float32."""
+        files = self.encoder_files
+        return {
+            "vae": load_vae(files["vae"], torch.float32),
+            "text_encoder": load_text_encoder(files["text_encoder"], dtype),
+            "image_encoder": load_image_encoder(files["image_encoder"], dtype),
+            **load_small_parts(files["tokenizer"], files["audio_encoder"]),
+        }
 
 
 def load_small_parts(tokenizer: Path, wav2vec: Path) -> dict[str, Any]:
@@ -232,9 +271,14 @@ def read_base_config(path: str | Path) -> Config:
 
 
 def _start_audio(model: AvatarTransformer, names: list[str], dtype: torch.dtype | None, device: str | torch.device) -> None:
-    """Audio tensors as a new model has them: the adapter's own initialisation, then zero keys and values in the blocks."""
+    """Audio tensors as a new model has them: the adapter's own initialisation, then zero keys and values in the blocks.
+
+    The same ones every time, so that a LoRA trained on a base model fits that base model again.
+    """
     c = model.config
-    adapter = AudioAdapter(c.audio_dim, tuple(c.audio_hidden_dims), c.dim, c.adapter_heads, c.adapter_layers, c.eps, c.adapter)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(FRESH_AUDIO_SEED)
+        adapter = AudioAdapter(c.audio_dim, tuple(c.audio_hidden_dims), c.dim, c.adapter_heads, c.adapter_layers, c.eps, c.adapter)
     start = {f"audio_adapter.{name}": parameter.detach() for name, parameter in adapter.named_parameters()}
     for name in names:
         place(model, name, start[name] if name in start else torch.empty(model.get_parameter(name).shape), dtype, device)

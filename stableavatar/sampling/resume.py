@@ -1,7 +1,6 @@
 """Interrupted work goes on: finished stretches and the state of the rest, written atomically to a folder."""
 
 import json
-import os
 import pickle
 import time
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from stableavatar.files import replacing
 
 
 class NoRunStore:
@@ -83,15 +84,10 @@ class RunStore(NoRunStore):
             raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); delete {self.folder} to start again") from error
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Writes beside the target and moves it in place, so that a kill at any moment leaves a whole file."""
-        partial = path.with_name(path.name + ".partial")
+        """Writes a file that is whole after a kill at any moment."""
         try:
-            write(partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
+            with replacing(path) as partial:
+                write(partial)
         except (OSError, RuntimeError) as error:  # torch says RuntimeError where the disk is full
             reason = str(error).splitlines()[0]
             raise ValueError(f"cannot write {path} ({reason}); choose a work_dir that is writable and has room") from error
-        finally:
-            partial.unlink(missing_ok=True)

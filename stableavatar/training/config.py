@@ -16,6 +16,8 @@ class DataConfig:
     source_fps: float = setting(FPS, "rate of clips that are only images/, whose files do not tell it", low=1, high=240)
     runs: int = setting(0, "fixed runs of frames per clip, taken in turn epoch by epoch; 0 draws a new run every epoch (no cache)", low=0)
     cache: str = setting("", "folder that scripts/cache_latents.py wrote (needs runs of at least 1); empty encodes while training")
+    cache_dtype: str = setting("float32", "precision of the cache: float32 trains exactly as without one, bfloat16 takes half the disk",
+                               choices=("float32", "bfloat16"))
     workers: int = setting(4, "processes that read clips, for each training process; 0 reads in the process itself", low=0)
     max_broken: float = setting(0.05, "share of broken clips above which a run stops", low=0, high=1)
     validation_lists: str = setting("", "path lists of held-out clips for the validation loss; empty for none")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from stableavatar.training.trainable import trained
 
@@ -35,9 +36,10 @@ class Ema:
         self._average.step(self._weights())
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps and the averages, in the order of the model's trainable weights."""
+        """The number of steps and the averages (of a sharded model this process's parts), in the order of the weights that train."""
         state = self._average.state_dict()
-        return {"optimization_step": state["optimization_step"], "shadow_params": state["shadow_params"]}
+        averages = [x.to_local() if isinstance(x, DTensor) else x for x in state["shadow_params"]]
+        return {"optimization_step": state["optimization_step"], "shadow_params": averages}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over copies of what `state_dict` gave, on the weights' device; the decay stays as configured.
@@ -45,14 +47,21 @@ class Ema:
         Raises:
             ValueError: the averages are of other weights than those that train.
         """
-        weights = self._weights()
-        got, expected = [tuple(x.shape) for x in state["shadow_params"]], [tuple(x.shape) for x in weights]
+        weights, averages = self._weights(), state["shadow_params"]
+        own = [x.to_local() if isinstance(x, DTensor) else x for x in weights]
+        got, expected = [x.shape for x in averages], [x.shape for x in own]
         if got != expected:
             raise ValueError(
                 f"the checkpoint averages {len(got)} weights, other ones than the {len(expected)} that train; resume with the same what"
             )
-        self._average.load_state_dict(state)
-        self._average.to(device=weights[0].device, dtype=torch.float32)
+        averages = [average.to(part.device) for average, part in zip(averages, own)]
+        averages = [
+            DTensor.from_local(average, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride())
+            if isinstance(weight, DTensor) else average
+            for average, weight in zip(averages, weights)
+        ]
+        self._average.load_state_dict(state | {"shadow_params": averages})
+        self._average.to(dtype=torch.float32)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

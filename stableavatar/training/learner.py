@@ -1,21 +1,23 @@
 """What learns: the transformer with its trainable weights, their optimiser, schedule and moving average, on every process."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
+from stableavatar.data.samples import Bucket
 from stableavatar.models.dit import AvatarTransformer
 from stableavatar.models.lora import TrainedLora, add_lora
 from stableavatar.training.config import TrainConfig
 from stableavatar.training.ema import Ema
+from stableavatar.training.estimate import estimate
 from stableavatar.training.optimizer import clip_gradients, make_optimizer, make_schedule
 from stableavatar.training.parts import load_training_transformer
-from stableavatar.training.processes import strategy
+from stableavatar.training.processes import on_main, strategy
 from stableavatar.training.state import ExactState, write_transformer
 from stableavatar.training.trainable import parameter_groups, select, to_training_dtype, trained
 
@@ -44,18 +46,21 @@ class Learner:
 
     Attributes:
         transformer: as the pipeline takes it; model: as the launcher's strategy wrapped it.
+        plans: memory and operations, bucket by bucket.
 
     Args:
         total_steps: optimiser steps of the whole run, for the schedule.
+        buckets: of the samples to come, for the estimate of what they cost.
     """
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, total_steps: int) -> None:
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, total_steps: int, buckets: Sequence[Bucket]) -> None:
         self.config, self.accelerator = config, accelerator
         # What stays frozen need not be read in more than it computes in; what trains becomes float32 below.
         dtype = getattr(torch, config.dtype) if config.what == "lora" else torch.float32
         transformer = load_training_transformer(config, dtype)
         self.lora = make_trainable(transformer, config)
         self.text_length = transformer.config.text_length
+        self.plans = on_main(accelerator, lambda: estimate(transformer, config, accelerator.num_processes, strategy(accelerator), buckets))
         if config.compile:
             transformer.compile_repeated_blocks()
         optimizer = make_optimizer(parameter_groups(transformer, config.optimizer), config.optimizer)
@@ -118,9 +123,3 @@ class Learner:
             if not self.accelerator.is_main_process:
                 return {}
             return {name: tensor.to("cpu", copy=True) for name, tensor in state.items() if wanted is None or name in wanted}
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many numbers train, and how many are frozen."""
-    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad is flag) for flag in (True, False)]
-    return counts[0], counts[1]

@@ -23,18 +23,6 @@ SAMPLED_BYTES = 2**20
 """Bytes at either end of a file that tell it from others of its size; the end of a torch file has checksums of all its tensors."""
 
 
-def load_parts(config: TrainConfig) -> tuple[AvatarTransformer, dict[str, Any]]:
-    """The transformer in float32 and the frozen parts, on the host.
-
-    Raises:
-        ValueError: no model named, files missing or damaged (told before anything large is read), parts of different models.
-    """
-    check_model(config)
-    transformer, frozen = load_training_transformer(config), load_frozen_parts(config)
-    StableAvatarPipeline(transformer, **frozen)  # compares their widths
-    return transformer, frozen
-
-
 def check_model(config: TrainConfig, transformer: bool = True, frozen: bool = True) -> None:
     """Raise ValueError if what is needed for the transformer, or for the frozen parts, is not named or not there."""
     if config.scratch and config.transformer:
@@ -51,27 +39,31 @@ def check_model(config: TrainConfig, transformer: bool = True, frozen: bool = Tr
 
 
 def load_training_transformer(config: TrainConfig, dtype: torch.dtype = torch.float32) -> AvatarTransformer:
-    """The transformer to train, on the host; what starts fresh follows from config.seed alone. Raises ValueError as load_parts does."""
+    """The transformer to train, on the host; one from scratch follows from config.seed alone.
+
+    Raises:
+        ValueError: what `check_model` raises, files that are damaged or of another model.
+    """
     check_model(config, frozen=False)
     path = _transformer_path(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
-        if config.scratch:
+    if config.scratch:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)
             return _from_scratch(Path(config.scratch), dtype)
-        if _is_saved_model(path):
-            return load_model(AvatarTransformer, path, dtype)
-        if not config.model:
-            return _released(config).load_transformer(dtype)
-        if config.transformer:
-            return load_transformer(path, dtype, config=_read_settings(Path(config.model) / "transformer" / CONFIG_FILE))
-        return load_folder(StableAvatarPipeline, Path(config.model), {"default": dtype}, without=FROZEN).transformer
+    if _is_saved_model(path):
+        return load_model(AvatarTransformer, path, dtype)
+    if not config.model:
+        return _released(config).load_transformer(dtype)
+    if config.transformer:
+        return load_transformer(path, dtype, config=_read_settings(Path(config.model) / "transformer" / CONFIG_FILE))
+    return load_folder(StableAvatarPipeline, Path(config.model), {"default": dtype}, without=FROZEN).transformer
 
 
 def load_frozen_parts(config: TrainConfig) -> dict[str, Any]:
     """The components of FROZEN by name, on the host: text and image encoder in config.dtype, VAE and wav2vec2 in float32.
 
     Raises:
-        ValueError: as load_parts.
+        ValueError: what `check_model` raises, files that are damaged or of another model.
     """
     check_model(config, transformer=False)
     dtype = getattr(torch, config.dtype)

@@ -1,14 +1,19 @@
 """The processes of a run: accelerate's Accelerator, made from our settings and from what `accelerate launch` put into the environment."""
 
+import logging
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin, parse_flag_from_env
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from transformers.integrations import unset_hf_deepspeed_config
+from transformers.utils import logging as transformers_logging
 
+from stableavatar.sampling.offload import resolve_device
 from stableavatar.training.config import TrainConfig
 
 Result = TypeVar("Result")
@@ -26,12 +31,23 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         ValueError: settings that the launcher's strategy cannot follow.
     """
+    on_cpu, deepspeed = resolve_device(config.device).type == "cpu", parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
         mixed_precision=MIXED_PRECISION[config.dtype],
-        cpu=config.device == "cpu",
+        cpu=on_cpu and not deepspeed,  # accelerate's cpu=True would do without DeepSpeed
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulation, sync_with_dataloader=False),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend="gloo" if on_cpu else None, timeout=PATIENCE),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of the gradients
+            AutocastKwargs(cache_enabled=False),  # a weight is used once in a forward: its cast need not be kept
+        ],
     )
+    if on_cpu and parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1:
+        # accelerate asks for FSDP on accelerators only; over gloo the same code runs.
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if not accelerator.is_main_process:
+        _be_quiet()
     kind = strategy(accelerator)
     if kind == "fsdp":
         if not accelerator.is_fsdp2:
@@ -44,6 +60,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def _be_quiet() -> None:
+    """What every process would say is said by one."""
+    logging.getLogger("stableavatar").setLevel(logging.ERROR)
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def _fill_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
     """DeepSpeed clips and counts for itself and has to be told how."""
     if config.optimizer.clip_mode != "constant":
@@ -52,6 +75,7 @@ def _fill_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
         raise ValueError(f"optimizer.name={config.optimizer.name} does not go with DeepSpeed, which flattens matrices; use adamw or DDP")
     if config.optimizer.ema and strategy(accelerator) == "zero3":
         raise ValueError("optimizer.ema does not go with ZeRO-3, where no process holds the weights; use ZeRO-2 or FSDP")
+    unset_hf_deepspeed_config()  # with ZeRO-3 transformers would share out the encoders as it reads them
     plugin = accelerator.state.deepspeed_plugin
     plugin.deepspeed_config |= {
         "train_micro_batch_size_per_gpu": config.batch,

@@ -50,7 +50,7 @@ class RunFolder:
         Called by one process. Raises ValueError if the folder holds a run and nothing says to go on with it, or no checkpoint is there.
         """
         start = self.resume_from(config.resume)
-        if start is None and self.path.is_dir() and (self.path / "config.yaml").exists() and config.resume != "latest":
+        if start is None and self.all():
             raise ValueError(f"output {self.path} holds a run already; say resume=latest to go on with it, or give another output")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in self.checkpoints.glob(f"*{PARTIAL}"):

@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from stableavatar.data.buckets import EpochPlan, RankSampler, assign
-from stableavatar.data.clips import Clip, find_clips, read_index, read_lists, write_index
+from stableavatar.data.clips import Clip, find_clips, read_index, write_index
 from stableavatar.data.dataset import ClipDataset, Loaded
 from stableavatar.data.latent_cache import CachedDataset
 from stableavatar.training.config import DataConfig, TrainConfig, parse_lengths, parse_sizes
+from stableavatar.training.parts import encoding_identity
 from stableavatar.training.processes import gather_objects, on_main
 
 logger = logging.getLogger(__name__)
@@ -24,21 +25,15 @@ NAMED = 20
 """Broken clips that an error spells out; the log has them all."""
 
 
-def list_clips(data: DataConfig, lists: str, index: Path | None) -> tuple[list[Clip], dict[str, str]]:
-    """Clips of path lists and, for the broken ones, the reason; from the index of an earlier start if it is of the same clips.
+def list_clips(data: DataConfig, lists: str, index: Path | None = None) -> tuple[list[Clip], dict[str, str]]:
+    """Clips of path lists and, for the broken ones, the reason.
 
     Args:
-        index: file to read or write; None to look at the clips themselves and keep no record.
+        index: file that keeps what was found, so that a run that goes on need not look at every clip again; None for no record.
     """
-    folders = read_lists(lists)
-    if index and index.exists():
-        clips, broken = read_index(index)
-        if {str(clip.folder) for clip in clips} | set(dict(broken)) == {str(folder) for folder in folders}:
-            return clips, dict(broken)
-        logger.warning("the path lists have changed since %s was written; looking at all clips again", index)
-    clips, broken = find_clips(lists, data.source_fps)
+    clips, broken = find_clips(lists, data.source_fps, read_index(index) if index and index.exists() else ())
     if index:
-        write_index(index, clips, broken)
+        write_index(index, clips)
     return clips, dict(broken)
 
 
@@ -78,7 +73,7 @@ class SampleSource:
         self.buckets = buckets
         self.plan = EpochPlan(buckets, config.seed, data.runs, accelerator.num_processes, config.batch, config.accumulation)
         if data.cache:
-            self.dataset = CachedDataset(Path(data.cache), self.clips, buckets)
+            self.dataset = CachedDataset(Path(data.cache), self.clips, buckets, data.runs, encoding_identity(config))
         else:
             self.dataset = ClipDataset(self.clips, buckets, data.fps, config.seed)
 
@@ -94,8 +89,8 @@ class SampleSource:
         """For every optimiser step from a position on, without an end: this process's forwards, each a list of samples."""
         sampler = RankSampler(self.plan, self.accelerator.process_index, epoch, step)
         workers = self.config.data.workers
-        loader = iter(DataLoader(self.dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_signals,
-                                 prefetch_factor=2 if workers else None, persistent_workers=workers > 0))
+        loader = iter(DataLoader(self.dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
+                                 worker_init_fn=ignore_signals, prefetch_factor=2 if workers else None, persistent_workers=workers > 0))
         while forwards := list(islice(loader, self.config.accumulation)):
             for loaded in (item for forward in forwards for item in forward):
                 self._new |= {name: reason for name, reason in loaded.broken if name not in self.broken}

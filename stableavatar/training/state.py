@@ -67,7 +67,7 @@ class ExactState:
             self.accelerator.load_state(str(folder))
             self.schedule.load_state_dict(torch.load(folder / "schedule.pt", weights_only=True))
             if self.ema:
-                self.ema.load_state_dict(torch.load(self._ema_file(folder), weights_only=True, map_location=self.accelerator.device))
+                self.ema.load_state_dict(torch.load(self._ema_file(folder), weights_only=True, map_location="cpu"))
         except FileNotFoundError as error:
             raise ValueError(f"{folder} lacks {error.filename}: it is of a run with another strategy, ema or number of processes") from None
 

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from stableavatar.data.dataset import Loaded
 from stableavatar.data.samples import Batch, stack
+from stableavatar.machine import memory_bytes
 from stableavatar.models.kernels import check_backend
 from stableavatar.training.config import TrainConfig
 from stableavatar.training.encode import SampleEncoder
+from stableavatar.training.estimate import flops_per_sample, table
 from stableavatar.training.learner import Learner
 from stableavatar.training.objective import Losses, Objective
 from stableavatar.training.parts import check_model, load_frozen_parts
 from stableavatar.training.processes import gather_objects, make_accelerator, on_main, sum_over_processes
-from stableavatar.training.report import Report
+from stableavatar.training.report import GIB, Report, Workers
 from stableavatar.training.run_folder import RunFolder, read_record
 from stableavatar.training.source import SIGNALS, SampleSource
 from stableavatar.training.state import Position
@@ -50,7 +52,7 @@ class Trainer:
         self.position = self._position(start)
         self.total_steps = self._total_steps()
         self.objective = Objective(config.objective, config.seed)
-        self.learner = Learner(config, self.accelerator, self.total_steps)
+        self.learner = Learner(config, self.accelerator, self.total_steps, list(self.source.buckets))
         frozen = load_frozen_parts(config) if self._needs_encoders() else {}
         self.encoder = SampleEncoder(frozen, self.learner.text_length, self.accelerator.device, config.encoders == "handover")
         if start:
@@ -136,6 +138,15 @@ class Trainer:
         clips = f"; clips: {', '.join(names)}" if names else ""
         raise FloatingPointError(f"step {self.position.step + 1}: {what}{clips}; the last good checkpoint is {self.folder.last()}")
 
+    def _make_report(self) -> Report:
+        """Says what the run will cost, and opens its figures."""
+        plans, device = self.learner.plans, self.accelerator.device
+        self._say("memory of each process by estimate, GiB (activations are those of the largest moment of a step):\n%s",
+                  table(plans, memory_bytes(device) / GIB))
+        workers = Workers(device, getattr(torch, self.config.dtype), self.accelerator.num_processes)
+        folder = self.folder.path if self.accelerator.is_main_process else None
+        return Report(self.config.log, folder, flops_per_sample(plans, self.config), workers, self.position.step, self.total_steps)
+
     def _report(self, sums: dict[str, float], norm: float) -> None:
         means = {name: sums[name] / sums["samples"] for name in ("loss", "masked", "velocity", "motion") if name in sums}
         self.report.step(self.position.step, self.position.epoch, means, norm, self.learner.learning_rate, sums["tokens"], sums["flops"])
@@ -145,10 +156,11 @@ class Trainer:
         step, config = self.position.step, self.config
         if epoch_ended:
             self.source.tell_broken()
-        if config.validation.every and step % config.validation.every == 0:
-            self.validation.videos(step, self.learner, self.encoder)
-        if step % config.checkpoint.every == 0:
-            self._save()
+        with self.report.paused():
+            if config.validation.every and step % config.validation.every == 0:
+                self.validation.videos(step, self.learner, self.encoder)
+            if step % config.checkpoint.every == 0:
+                self._save()
 
     def _save(self) -> None:
         """Writes a checkpoint under a temporary name, then gives it its own; called by all processes."""
