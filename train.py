@@ -3,6 +3,7 @@
 python train.py configs/train/NAME.yaml [key=value ...]
 """
 
+import logging
 import sys
 
 from stableavatar.command_line import run_program
@@ -10,10 +11,14 @@ from stableavatar.training.config import TrainConfig
 
 
 def run(config: TrainConfig) -> int:
-    """Exit code: 0 for a run that is finished, or saved and stopped by SIGTERM."""
+    """Exit code: 0 for a run that is finished, or saved and stopped by a signal; 1 for one whose loss is not finite."""
     from stableavatar.training.trainer import Trainer
 
-    Trainer(config).run()
+    try:
+        Trainer(config).run()
+    except FloatingPointError as error:
+        logging.getLogger("stableavatar").error("error: %s", error)
+        return 1
     return 0
 
 

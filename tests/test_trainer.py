@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,8 +17,14 @@ from clip_files import make_clip
 from safetensors.torch import load_file
 
 import train
+from stableavatar.config import load_config
+from stableavatar.media import AudioTrack
 from stableavatar.models.dit import AvatarTransformer
+from stableavatar.models.lora import merge_files
 from stableavatar.models.weights import load_transformer
+from stableavatar.training.caching import write_cache
+from stableavatar.training.config import TrainConfig
+from stableavatar.training.report import read_metrics
 
 ROOT = Path(__file__).parents[1]
 TINY = ["device=cpu", "dtype=float32", "what=all", "data.sizes=32x32", "data.frames=9", "data.workers=0", "optimizer.lr=1e-3",
@@ -47,12 +54,20 @@ def run(words: list[str], output: Path, *more: str) -> list[dict]:
     return metrics(output)
 
 
-def start(words: list[str], output: Path, *more: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    """A run in a process of its own, or in several with accelerate's launcher."""
-    program = [sys.executable, *(("-m", "accelerate.commands.launch", *launcher) if launcher else ())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1"}
+def start(words: list[str], output: Path, *more: str, strategy: str = "") -> subprocess.Popen:
+    """A run in a process of its own, or with a strategy in two."""
+    several = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())] if strategy else []
+    program = [sys.executable, *several]
+    threads = {"OMP_NUM_THREADS": "1"} if strategy else {}
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"} | threads | STRATEGIES.get(strategy, {})
     return subprocess.Popen([*program, str(ROOT / "train.py"), *words, f"output={output}", *more], cwd=ROOT, env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -62,8 +77,7 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 
 
 def metrics(output: Path) -> list[dict]:
-    path = output / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_metrics(output / "metrics.jsonl")
 
 
 def losses(figures: list[dict]) -> list[float]:
@@ -77,19 +91,13 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
     """Waits until a run has gone past a step."""
-    while process.poll() is None and not any(line["step"] >= step for line in metrics_so_far(output)):
+    while process.poll() is None and not any(line["step"] >= step for line in metrics(output)):
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0][-3000:]
 
 
-def metrics_so_far(output: Path) -> list[dict]:
-    path = output / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def test_a_run_writes_what_it_promises(words, tmp_path):
-    run(words, tmp_path, "max_steps=4", "checkpoint.every=2", "checkpoint.keep=1", "optimizer.ema=0.5")
+    run(words, tmp_path, "max_steps=4", "checkpoint.every=2", "optimizer.ema=0.5")
     last = tmp_path / "checkpoints/step_000004"
     assert (tmp_path / "config.yaml").is_file() and (tmp_path / "clips.jsonl").is_file()
     saved = AvatarTransformer.from_pretrained(last / "transformer")
@@ -99,17 +107,174 @@ def test_a_run_writes_what_it_promises(words, tmp_path):
     assert any(not torch.equal(ours[name].data, tensor) for name, tensor in weights(tmp_path).items()), "for use: the average"
 
 
+def test_a_run_starts_again_from_its_own_settings(words, tmp_path):
+    """config.yaml is a configuration like any other."""
+    first = run(words, tmp_path / "a", "max_steps=2")
+    assert losses(run([str(tmp_path / "a/config.yaml")], tmp_path / "b")) == losses(first)
+
+
 def test_a_killed_run_goes_on_exactly(words, tmp_path):
     """Uninterrupted = killed twice by SIGKILL in the middle of things; every loss is the same to the last bit."""
-    whole = run(words, tmp_path / "whole", "max_steps=9", "optimizer.ema=0.9")
-    settings = ["checkpoint.every=2", "max_steps=9", "optimizer.ema=0.9", "resume=latest"]
+    whole = run(words, tmp_path / "whole", "max_steps=20", "optimizer.ema=0.9", "objective.motion=0.2")
+    settings = ["checkpoint.every=2", "max_steps=20", "optimizer.ema=0.9", "objective.motion=0.2", "resume=latest", "data.workers=1"]
     for step in (3, 6):
         process = start(words, tmp_path / "cut", *settings)
         wait_for_step(process, tmp_path / "cut", step)
         process.kill()
         process.communicate()
+    assert len(metrics(tmp_path / "cut")) < 20, "the run was not killed in its middle"
     resumed = run(words, tmp_path / "cut", *settings)
-    assert losses(resumed) == losses(whole) and len(losses(whole)) == 9
+    assert losses(resumed) == losses(whole) and len(losses(whole)) == 20
     after, expected = weights(tmp_path / "cut"), weights(tmp_path / "whole")
     assert all(torch.equal(after[name], expected[name]) for name in expected)
     assert not list((tmp_path / "cut").rglob("*.partial"))
+
+
+def test_a_cluster_s_signal_saves_and_ends_the_run(words, tmp_path):
+    process = start(words, tmp_path, "max_steps=100000", "epochs=100000")
+    wait_for_step(process, tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    text = finish(process)
+    (checkpoint,) = (tmp_path / "checkpoints").glob("step_*")
+    assert "stopped by a signal" in text and int(checkpoint.name[5:]) == metrics(tmp_path)[-1]["step"]
+
+
+@pytest.mark.parametrize("what", ["attention", "blocks"])
+def test_what_is_frozen_stays_as_it_was(words, tiny_folder, tmp_path, what):
+    run(words, tmp_path, f"what={what}", "max_steps=2")
+    before = AvatarTransformer.from_pretrained(tiny_folder / "transformer").state_dict()
+    after = AvatarTransformer.from_pretrained(tmp_path / "checkpoints/step_000002/transformer").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and changed <= set(weights(tmp_path)), "only what trains changes"
+    assert any("ffn" in name for name in changed if name.startswith("blocks.")) is (what == "blocks")
+
+
+def test_the_checkpoint_of_a_run_can_be_fine_tuned(words, tmp_path):
+    run(words, tmp_path / "first", "max_steps=2")
+    for kind in ("transformer", "transformer3d.safetensors"):
+        first = tmp_path / "first/checkpoints/step_000002" / kind
+        run(words, tmp_path / f"tuned {kind}", "max_steps=1", f"transformer={first}", "what=lora", "lora.rank=2", "optimizer.warmup=0")
+    one, other = (metrics(tmp_path / f"tuned {kind}") for kind in ("transformer", "transformer3d.safetensors"))
+    assert losses(one) == losses(other)
+    assert losses(one) != losses(run(words, tmp_path / "untuned", "max_steps=1", "what=lora"))
+
+
+@pytest.mark.parametrize("adapter", ["whole", "lora", "frozen"])
+def test_a_lora_run_resumes_and_its_file_fits_the_model(words, tiny_folder, tmp_path, adapter):
+    settings = ["what=lora", "lora.rank=4", f"lora.adapter={adapter}", "optimizer.lr=1e-2", "max_steps=4"]
+    whole = run(words, tmp_path / "whole", *settings)
+    run(words, tmp_path / "cut", *settings, "max_steps=2")
+    assert losses(run(words, tmp_path / "cut", *settings, "resume=latest")) == losses(whole)
+    last = tmp_path / "cut/checkpoints/step_000004"
+    assert not (last / "transformer").exists(), "the base is not written again"
+    model = AvatarTransformer.from_pretrained(tiny_folder / "transformer")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    merge_files(model, [(last / "lora.safetensors", 1.0)])
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert any(name.startswith("blocks.") for name in changed)
+    assert any(name.startswith("audio_adapter.") for name in changed) is (adapter != "frozen")
+
+
+def test_training_from_the_cache_is_training_online(words, tmp_path):
+    runs = ["data.runs=2", "max_steps=6", "batch=2", "objective.motion=0.1"]
+    online = run(words, tmp_path / "online", *runs)
+    cache = f"data.cache={tmp_path / 'cache'}"
+    write_cache(load_config(TrainConfig, None, [*words, *runs, cache]))
+    cached = run(words, tmp_path / "cached", *runs, cache)
+    assert losses(cached) == pytest.approx(losses(online), rel=1e-5)
+    handed_over = run(words, tmp_path / "handover", *runs, "encoders=handover")
+    assert losses(handed_over) == losses(online)
+
+
+def test_validation_gives_a_loss_and_videos(words, clips, portrait, make_voice, tmp_path):
+    (tmp_path / "cases.yaml").write_text(f"- {{reference: {portrait}, audio: {make_voice(9600)}, prompt: hello}}\n")
+    (tmp_path / "video.yaml").write_text("{width: 32, height: 32, steps: 2, windows: {frames: 9, overlap: 1}}")
+    settings = ["max_steps=4", "validation.every=2", "checkpoint.every=2", "optimizer.ema=0.5",
+                f"validation.cases={tmp_path / 'cases.yaml'}",
+                f"validation.config={tmp_path / 'video.yaml'}", f"data.validation_lists={clips}", "log.tensorboard=true"]
+    figures = run(words, tmp_path / "run", *settings)
+    assert len([line for line in figures if "validation_loss" in line]) == 2
+    first, second = (tmp_path / f"run/validation/step_00000{step}/case_001.mp4" for step in (2, 4))
+    assert AudioTrack(first).duration == pytest.approx(0.6, abs=0.04) and first.read_bytes() != second.read_bytes()
+    without = run(words, tmp_path / "without", "max_steps=4", "optimizer.ema=0.5")
+    assert losses(figures) == losses(without), "looking changes nothing"
+
+
+def test_the_last_checkpoints_and_the_best_stay(words, tmp_path):
+    run(words, tmp_path, "max_steps=8", "checkpoint.every=1", "checkpoint.keep=2")
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    best = json.loads((tmp_path / "checkpoints/best.json").read_text())
+    figures = losses(metrics(tmp_path))
+    assert best["name"] == f"step_{1 + figures.index(min(figures)):06d}"
+    assert names == sorted({"step_000007", "step_000008", best["name"]})
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(words, tmp_path, caplog):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = ["optimizer.lr=1e30", "optimizer.warmup=0", "optimizer.clip=0", "max_steps=9", "checkpoint.every=1"]
+    assert train.main([*words, *settings, f"output={tmp_path}"]) == 1
+    error = caplog.messages[-1]
+    assert "not finite" in error and "square/speech/0000" in error and "last good checkpoint is" in error and "step_" in error
+
+
+def test_broken_clips_are_named_and_too_many_stop_the_run(words, clips, tmp_path, caplog):
+    folders = clips.read_text().splitlines()
+    shutil.copytree(folders[0], broken := tmp_path / "broken")
+    for image in (broken / "images").glob("frame_*.png"):
+        image.write_bytes(image.read_bytes()[:40])
+    (tmp_path / "list.txt").write_text("\n".join([*folders, str(broken)]))
+    some = [*words, f"data.lists={tmp_path / 'list.txt'}", "max_steps=6"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train.main([*some, f"output={tmp_path / 'few'}", "data.max_broken=0.2"]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train.main([*some, f"output={tmp_path / 'many'}"]) == 2
+    assert f"broken clip {broken}" in caplog.text and caplog.messages[-1].startswith("error: 1 of 5 clips are broken, more than")
+    assert str(broken) in caplog.messages[-1]
+
+
+def test_a_folder_with_a_run_is_not_overwritten(words, tmp_path, caplog):
+    run(words, tmp_path, "max_steps=1")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train.main([*words, f"output={tmp_path}"]) == 2
+    assert "resume=latest" in caplog.messages[-1]
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny_folder, clips, tmp_path_factory) -> Path:
+    """A run of one process that takes two samples, one after the other, at each step; the steps of the last epoch have a filler."""
+    output = tmp_path_factory.mktemp("one")
+    run([f"model={tiny_folder}", f"data.lists={clips}", *TINY], output, *SEVERAL, "accumulation=2")
+    return output
+
+
+SEVERAL = ["max_steps=4", "optimizer.eps=1e-6", "optimizer.ema=0.5", "log.every=1"]
+STRATEGIES = {
+    "ddp": {},
+    "fsdp": {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block,AdapterBlock", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_RESHARD_AFTER_FORWARD": "true",
+    },
+    "zero2": {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "deepspeed_config/zero_stage2_config.json"),
+    },
+    "zero3": {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "deepspeed_config/zero_stage3_config.json"),
+    },
+}  # fmt: skip
+"""What `accelerate launch` puts into the environment for its configurations."""
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_are_one_that_accumulates(words, one_process, tmp_path, strategy):
+    """With a resume half-way; each process has its own samples, and what is saved for use is the whole model."""
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    extra = ["optimizer.ema=0"] if strategy == "zero3" else []
+    for more in (["max_steps=2"], ["resume=latest"]):
+        finish(start(words, tmp_path, *SEVERAL, *extra, *more, strategy=strategy))
+    assert losses(metrics(tmp_path)) == pytest.approx(losses(metrics(one_process)), rel=2e-5)
+    if strategy != "zero3":  # which has no average, so that other weights are for use
+        expected = load_file(one_process / "checkpoints/step_000004/transformer3d.safetensors")
+        saved = load_file(tmp_path / "checkpoints/step_000004/transformer3d.safetensors")
+        assert all(torch.allclose(saved[name], expected[name], rtol=0, atol=2e-5) for name in expected)

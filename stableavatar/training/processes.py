@@ -37,7 +37,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         cpu=on_cpu and not deepspeed,  # accelerate's cpu=True would do without DeepSpeed
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulation, sync_with_dataloader=False),
         kwargs_handlers=[
-            InitProcessGroupKwargs(backend="gloo" if on_cpu else None, timeout=PATIENCE),
+            InitProcessGroupKwargs(backend="gloo" if on_cpu and deepspeed else None, timeout=PATIENCE),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of the gradients
             AutocastKwargs(cache_enabled=False),  # a weight is used once in a forward: its cast need not be kept
         ],
