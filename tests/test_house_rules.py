@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from stableavatar.config import InferenceConfig, load_config, settings
+from stableavatar.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "stableavatar").rglob("*.py"))
-PROGRAMS = [ROOT / "inference.py", *sorted((ROOT / "scripts").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
+PROGRAMS = [ROOT / "inference.py", ROOT / "train.py", *sorted((ROOT / "scripts").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
 CODE = LIBRARY + PROGRAMS
 
 FUNCTION_LINES, FILE_LINES, PARAMETERS, FILE_BYTES = 60, 400, 9, 20_000_000
@@ -24,6 +25,7 @@ PROCESS_EXCEPTIONS = {
     ("stableavatar/models/strict_loading.py", "accelerate"): "builds a model without memory for it, to be filled from disk",
 }
 
+CONFIGS = {"inference": InferenceConfig, "train": TrainConfig}
 PROCESS_MODULES = ("torch.distributed", "accelerate", "deepspeed")
 BROAD = {"Exception", "BaseException"}
 NEWER_THAN_3_10 = {("typing", "Self"), ("typing", "Never"), ("typing", "override"), ("typing", "assert_never"), ("typing", "Unpack"),
@@ -108,7 +110,12 @@ def test_the_model_knows_nothing_of_processes_and_environment():
 
 def test_imports_point_downwards():
     """The network and the samplers do not import the pipeline, the pipeline not the program above it."""
-    above = {"models": ("pipeline", "cases", "sampling", "config"), "sampling": ("pipeline", "cases"), "stableavatar": ("cases",)}
+    above = {
+        "models": ("pipeline", "cases", "sampling", "config", "data", "training"),
+        "sampling": ("pipeline", "cases", "data", "training"),
+        "data": ("pipeline", "cases", "training"),
+        "stableavatar": ("cases", "training"),
+    }
     wrong = [
         (at, module)
         for path in LIBRARY
@@ -133,15 +140,24 @@ def test_public_functions_of_the_library_are_typed():
     assert bare + modules == []
 
 
-def test_every_setting_is_read_outside_config():
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_setting_is_read_outside_config(config):
     readers = [path for path in CODE if path.name != "config.py"]
     read = {node.attr for _, node in nodes(ast.Attribute, readers) if isinstance(node.ctx, ast.Load)}
-    assert [key for key in settings(InferenceConfig()) if key.rpartition(".")[2] not in read] == []
+    assert [key for key in settings(config()) if key.rpartition(".")[2] not in read] == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/inference").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_inference_yaml_loads(path):
-    load_config(InferenceConfig, path)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_yaml_loads(path):
+    load_config(CONFIGS[path.parent.name], path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.stem)
+def test_a_launcher_names_configurations_that_are_there(path):
+    if match := re.search(r'/train\.sh" (\S+) (\S+) "\$@"$', path.read_text().strip()):
+        assert (ROOT / f"configs/train/{match[1]}.yaml").is_file() and (ROOT / f"accelerate_config/{match[2]}.yaml").is_file()
+    else:
+        assert not path.stem.startswith(("train_", "finetune_")), "it calls no configuration"
 
 
 def test_files_are_small_and_name_no_machine():

@@ -1,7 +1,7 @@
 """What learns: the transformer with its trainable weights, their optimiser, schedule and moving average, on every process."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -70,12 +70,11 @@ class Learner:
         self.ema = Ema(self.transformer, config.optimizer.ema) if config.optimizer.ema else None
         self._state = ExactState(accelerator, self.schedule, self.ema)
 
-    def backward(self, loss: Tensor, step: int, check_norm: Callable[[float], None]) -> float | None:
-        """Gradients of a forward's loss and, if it is the last forward of the optimiser step, the update.
+    def backward(self, loss: Tensor, step: int) -> float | None:
+        """Gradients of a forward's loss; after the last forward of an optimiser step they are clipped (DeepSpeed then has updated too).
 
         Args:
             step: optimiser steps before this one.
-            check_norm: told the gradient's norm before the update (DeepSpeed: after it).
 
         Returns:
             the norm that the gradient had before clipping; None for a forward that is not the last.
@@ -83,17 +82,18 @@ class Learner:
         self.accelerator.backward(loss)
         if not self.accelerator.sync_gradients:
             return None
-        if strategy(self.accelerator).startswith("zero"):  # its backward has made the update
-            norm = float(self.model.get_global_grad_norm())
-        else:
-            norm = clip_gradients(trained(self.transformer).values(), self.config.optimizer, step)
-        check_norm(norm)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        if self.ema:
-            self.ema.step()
-        return norm
+        if strategy(self.accelerator).startswith("zero"):
+            return float(self.model.get_global_grad_norm())
+        return clip_gradients(trained(self.transformer).values(), self.config.optimizer, step)
+
+    def update(self) -> None:
+        """The optimiser's step, if this was the last forward of one."""
+        if self.accelerator.sync_gradients:
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            if self.ema:
+                self.ema.step()
 
     @property
     def learning_rate(self) -> float:

@@ -16,6 +16,7 @@ from stableavatar.data.dataset import Loaded
 from stableavatar.data.samples import Batch, stack
 from stableavatar.machine import memory_bytes
 from stableavatar.models.kernels import check_backend
+from stableavatar.pipeline import StableAvatarPipeline
 from stableavatar.training.config import TrainConfig
 from stableavatar.training.encode import SampleEncoder
 from stableavatar.training.estimate import flops_per_sample, table
@@ -54,6 +55,8 @@ class Trainer:
         self.objective = Objective(config.objective, config.seed)
         self.learner = Learner(config, self.accelerator, self.total_steps, list(self.source.buckets))
         frozen = load_frozen_parts(config) if self._needs_encoders() else {}
+        if frozen:
+            StableAvatarPipeline(self.learner.transformer, **frozen)  # compares their widths
         self.encoder = SampleEncoder(frozen, self.learner.text_length, self.accelerator.device, config.encoders == "handover")
         if start:
             self.learner.load(start)
@@ -77,6 +80,13 @@ class Trainer:
         self.report.close()
         said = "stopped by a signal" if self._stopping else "finished"
         self._say("%s at step %d of %d; the last checkpoint is %s", said, self.position.step, self.total_steps, self.folder.last())
+        self._leave()
+
+    def _leave(self) -> None:
+        """Ends the group of processes. The wrapped model lets go of it first, or its threads may outlive it and abort the exit."""
+        self.accelerator.wait_for_everyone()
+        del self.learner
+        self.accelerator.free_memory()
         self.accelerator.end_training()
 
     def _step(self, forwards: list[list[Loaded]]) -> None:
@@ -91,7 +101,10 @@ class Trainer:
                 self._count(tally, batch, losses)
                 if self.accelerator.sync_gradients:  # before the update: after it the weights would be lost
                     sums = self._agree(tally, forwards)
-                norm = self.learner.backward(self._share(batch, losses), self.position.step, self._check_norm)
+                norm = self.learner.backward(self._share(batch, losses), self.position.step)
+                if norm is not None and not math.isfinite(norm):
+                    self._fail(f"the norm of the gradient is not finite ({norm})", forwards)
+                self.learner.update()
         ended = self.position.advance(int(sums["samples"]), self.source.plan.steps_per_epoch)
         self._since_save.update({name: sums[name] for name in ("loss", "samples")})
         self._report(sums, norm)
@@ -121,22 +134,17 @@ class Trainer:
         """The step's sums over all processes, and what follows for all alike: a loss that is not finite, broken clips, a signal."""
         sums = sum_over_processes(self.accelerator, {**tally, "stop": float(self._stop_asked), "broken": float(self.source.new_broken)})
         if not math.isfinite(sums["loss"]):
-            names = [entry.value.name for loaded in forwards for entry in loaded]
-            self._fail(f"the loss is not finite ({sums['loss']})", names if not math.isfinite(tally["loss"]) else [])
+            self._fail(f"the loss is not finite ({sums['loss']})", [] if math.isfinite(tally["loss"]) else forwards)
         if self.source.too_many(int(sums["broken"])):
             self.source.tell_broken()
         self._stopping = sums["stop"] > 0
         return sums
 
-    def _check_norm(self, norm: float) -> None:
-        if not math.isfinite(norm):
-            self._fail(f"the norm of the gradient is not finite ({norm})", [])
-
-    def _fail(self, what: str, names: list[str]) -> None:
+    def _fail(self, what: str, forwards: list[list[Loaded]]) -> None:
         """Raises FloatingPointError that names the clips of all processes and the checkpoint to go on from; called by all of them."""
-        names = gather_objects(self.accelerator, names)
-        clips = f"; clips: {', '.join(names)}" if names else ""
-        raise FloatingPointError(f"step {self.position.step + 1}: {what}{clips}; the last good checkpoint is {self.folder.last()}")
+        names = gather_objects(self.accelerator, [entry.value.name for loaded in forwards for entry in loaded])
+        clips, last = ", ".join(dict.fromkeys(names)), self.folder.last()
+        raise FloatingPointError(f"step {self.position.step + 1}: {what}; clips: {clips}; the last good checkpoint is {last}")
 
     def _make_report(self) -> Report:
         """Says what the run will cost, and opens its figures."""
@@ -148,7 +156,7 @@ class Trainer:
         return Report(self.config.log, folder, flops_per_sample(plans, self.config), workers, self.position.step, self.total_steps)
 
     def _report(self, sums: dict[str, float], norm: float) -> None:
-        means = {name: sums[name] / sums["samples"] for name in ("loss", "masked", "velocity", "motion") if name in sums}
+        means = {name: sums[name] / max(1, sums["samples"]) for name in ("loss", "masked", "velocity", "motion") if name in sums}
         self.report.step(self.position.step, self.position.epoch, means, norm, self.learner.learning_rate, sums["tokens"], sums["flops"])
 
     def _do_what_is_due(self, epoch_ended: bool) -> None:
