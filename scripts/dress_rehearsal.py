@@ -1,6 +1,7 @@
-"""Writes random checkpoints with the names, shapes and folders of the 1.3B release, and runs the real program on them.
+"""Writes random checkpoints with the names, shapes and folders of the 1.3B release, and runs the real programs on them.
 
     python scripts/dress_rehearsal.py FOLDER [--dtype bfloat16] [--width 128 --height 128] [--steps 2] [--seconds 1] [--keep]
+    python scripts/dress_rehearsal.py FOLDER --train      an optimiser step of the LoRA configuration on a small clip, from a latent cache
 
 Shows that the released files will load and run on this machine, and what that costs: a table of time and memory of each phase.
 FOLDER takes 22 GB and is removed at the end; with `--keep` it stays, and the next run writes only what is not whole.
@@ -43,16 +44,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from stableavatar.config import InferenceConfig, load_config  # noqa: E402
-from stableavatar.geometry import FPS, SAMPLE_RATE, samples_to_frames  # noqa: E402
+from stableavatar.geometry import FPS, SAMPLE_RATE, TEMPORAL_STRIDE, samples_to_frames  # noqa: E402
 from stableavatar.models import weights  # noqa: E402
 from stableavatar.models.checkpoint_files import Checkpoint  # noqa: E402
 from stableavatar.models.checkpoint_writing import Specs, write_tensors  # noqa: E402
 from stableavatar.models.dit import AvatarTransformer  # noqa: E402
 from stableavatar.models.key_maps import AUDIO_TENSOR, CLIP_PREFIX  # noqa: E402
 from stableavatar.models.strict_loading import empty_model, export_tensors, released_shapes  # noqa: E402
+from stableavatar.training.report import read_metrics  # noqa: E402
 from stableavatar.vae import WanVAE  # noqa: E402
+from stableavatar.video_writer import VideoWriter  # noqa: E402
 
 CONFIG = ROOT / "configs/inference/wan_1.3b_square.yaml"
+TRAIN_CONFIG = ROOT / "configs/train/finetune_1.3b_lora.yaml"
 BASE_FILE = "diffusion_pytorch_model.safetensors"
 MARK = "RANDOM_WEIGHTS.txt"
 MEMORY_LIMIT = 24 * 2**30
@@ -229,10 +233,15 @@ class Phase:
     mapped: int = 0
 
 
-def watch(command: list[str]) -> dict[str, Phase]:
-    """Runs the program and follows its progress bars; ValueError if it fails."""
-    phases = {name: Phase() for name in PHASES}
-    ahead, current, text = list(PHASES)[1:], phases["load"], ""
+def watch(command: list[str], marks: dict[str, re.Pattern | None] = PHASES) -> dict[str, Phase]:
+    """Runs a program and follows its progress bars; ValueError if it fails.
+
+    Args:
+        marks: phase -> what is printed when it begins; None for the first.
+    """
+    phases = {name: Phase() for name in marks}
+    first, *ahead = marks
+    current, text = phases[first], ""
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
         program, moment = psutil.Process(process.pid), time.perf_counter()
         while True:
@@ -242,7 +251,7 @@ def watch(command: list[str]) -> dict[str, Phase]:
                     break
                 sys.stderr.write(piece)
                 text = text[-200:] + piece
-            while ahead and PHASES[ahead[0]].search(text):
+            while ahead and marks[ahead[0]].search(text):
                 current = phases[ahead.pop(0)]
             moment, elapsed = time.perf_counter(), time.perf_counter() - moment
             current.seconds += elapsed
@@ -290,6 +299,41 @@ def rehearse(folder: Path, settings: dict[str, str], seconds: float) -> dict[str
     return phases | {"whole run": Phase(total, max(polled.resident, record["peak_memory"]["host_bytes"]), polled.mapped)}
 
 
+def write_clip(folder: Path, width: int, height: int, seconds: float) -> Path:
+    """A clip folder of a drifting gradient with the tone of `write_inputs`; gives the path list that names it."""
+    clip = folder / "clips" / "square" / "speech" / "00001"
+    clip.mkdir(parents=True, exist_ok=True)
+    with VideoWriter(clip / "sub_clip.mp4", width, height, FPS, sound=folder / "voice.wav") as writer:
+        ramp = np.linspace(0, 255, width).astype(np.uint8)
+        for frame in range(samples_to_frames(round(seconds * SAMPLE_RATE), FPS)):
+            writer.write(np.broadcast_to(np.roll(ramp, frame)[None, None, :, None], (1, height, width, 3)))
+    (folder / "clips.txt").write_text(str(clip))
+    return folder / "clips.txt"
+
+
+def rehearse_training(folder: Path, settings: dict[str, str], seconds: float) -> dict[str, Phase]:
+    """Caches a clip and trains a LoRA on it for a step; ValueError if the loss is not finite or no LoRA is there afterwards."""
+    write_inputs(folder, seconds)
+    clips = write_clip(folder, int(settings["width"]), int(settings["height"]), seconds)
+    frames = (samples_to_frames(round(seconds * SAMPLE_RATE), FPS) - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
+    output = folder / "run"
+    shutil.rmtree(output, ignore_errors=True)
+    values = {
+        "checkpoints": folder, "data.lists": clips, "data.sizes": f"{settings['width']}x{settings['height']}", "data.frames": frames,
+        "data.cache": folder / "cache", "data.runs": 1, "data.workers": 0, "validation.every": 0, "device": "cpu",
+        "dtype": settings["dtype"], "output": output, "max_steps": 1, "optimizer.warmup": 0,
+    }  # fmt: skip
+    words = [str(TRAIN_CONFIG), *(f"{key}={value}" for key, value in values.items())]
+    phases = watch([sys.executable, "scripts/cache_latents.py", *words], {"encode a clip": None})
+    phases |= watch([sys.executable, "train.py", *words], {"train a step": None})
+    (figures,) = read_metrics(output / "metrics.jsonl")
+    if not (math.isfinite(figures["loss"]) and (output / "checkpoints/step_000001/lora.safetensors").is_file()):
+        raise ValueError(f"the step failed: loss {figures['loss']}")
+    print(f"\n{frames} frames of {values['data.sizes']}; loss {figures['loss']:.4f}, {figures['seconds']:.1f} s for the step")
+    largest = max(phases.values(), key=lambda phase: phase.resident)
+    return phases | {"whole run": Phase(sum(phase.seconds for phase in phases.values()), largest.resident, largest.mapped)}
+
+
 def print_table(phases: dict[str, Phase]) -> None:
     """A Markdown table of what was measured."""
     print("\n| phase | seconds | peak resident, GiB | of it mapped files, GiB |\n|---|---|---|---|")
@@ -304,6 +348,7 @@ def main(argv: list[str], release: Release = RELEASE_1_3B) -> int:
     for option, default in {"dtype": "bfloat16", "width": "128", "height": "128", "steps": "2"}.items():
         parser.add_argument(f"--{option}", default=default, help="as of inference.py (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of the voice (default: %(default)s)")
+    parser.add_argument("--train", action="store_true", help="rehearse training instead of inference (--steps is not used)")
     parser.add_argument("--keep", action="store_true", help="leave FOLDER for another run")
     args = parser.parse_args(argv)
     settings = {key: getattr(args, key) for key in ("dtype", "width", "height", "steps")}
@@ -312,7 +357,7 @@ def main(argv: list[str], release: Release = RELEASE_1_3B) -> int:
         started = time.perf_counter()
         write_release(folder, release)
         written = Phase(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RUSAGE_UNIT)
-        phases = rehearse(folder, settings, args.seconds)
+        phases = (rehearse_training if args.train else rehearse)(folder, settings, args.seconds)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

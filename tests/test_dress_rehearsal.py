@@ -85,6 +85,12 @@ def test_the_whole_rehearsal_measures_the_program_and_clears_up(tmp_path: Path, 
     assert not folder.exists()
 
 
+def test_training_is_rehearsed_too(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert main([str(tmp_path / "checkpoints"), "--train", "--width", "32", "--height", "32", "--seconds", "0.4"], TINY) == 0
+    printed = capfd.readouterr().out
+    assert "9 frames of 32x32; loss" in printed and "| encode a clip |" in printed and "| train a step |" in printed
+
+
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "real.pt").write_text("precious")
     assert main([str(tmp_path)], TINY) == 2
