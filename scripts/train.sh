@@ -16,6 +16,8 @@ cd "$root"
 if [ "$gpus" -eq 0 ]; then exec .venv/bin/python train.py "$config" "$@"; fi
 if [ "$machines" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then echo "error: give MASTER_ADDR, the address of the first machine, and NODE_RANK" >&2; exit 2; fi
 
+# What announces the end of a job's time goes on to all processes, and they get the time that a checkpoint takes (torch gives 30 s).
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}"
 exec .venv/bin/accelerate launch --config_file "accelerate_config/$strategy.yaml" --num_machines "$machines" \
     --num_processes $((machines * gpus)) --machine_rank "${NODE_RANK:-${SLURM_NODEID:-0}}" \
     --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --main_process_port "${MASTER_PORT:-29500}" train.py "$config" "$@"

@@ -26,7 +26,7 @@ def parse(description: str, config: type[C], argv: Sequence[str]) -> argparse.Na
                     usage="python %(prog)s [CONFIG.yaml] [key=value ...] [--verbose]")
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="settings of a YAML, then single ones")
     parser.add_argument("--verbose", action="store_true", help="debug messages, and where an error came from")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     args.config = args.words.pop(0) if args.words and "=" not in args.words[0] else None
     return args
 

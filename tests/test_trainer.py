@@ -186,12 +186,17 @@ def test_training_from_the_cache_is_training_online(words, tmp_path):
     assert losses(handed_over) == losses(online)
 
 
-def test_validation_gives_a_loss_and_videos(words, clips, portrait, make_voice, tmp_path):
+@pytest.fixture
+def validation(portrait, make_voice, tmp_path) -> list[str]:
+    """Settings of a video of 15 frames."""
     (tmp_path / "cases.yaml").write_text(f"- {{reference: {portrait}, audio: {make_voice(9600)}, prompt: hello}}\n")
     (tmp_path / "video.yaml").write_text("{width: 32, height: 32, steps: 2, windows: {frames: 9, overlap: 1}}")
-    settings = ["max_steps=4", "validation.every=2", "checkpoint.every=2", "optimizer.ema=0.5",
-                f"validation.cases={tmp_path / 'cases.yaml'}",
-                f"validation.config={tmp_path / 'video.yaml'}", f"data.validation_lists={clips}", "log.tensorboard=true"]
+    return [f"validation.cases={tmp_path / 'cases.yaml'}", f"validation.config={tmp_path / 'video.yaml'}"]
+
+
+def test_validation_gives_a_loss_and_videos(words, clips, validation, tmp_path):
+    settings = ["max_steps=4", "validation.every=2", "checkpoint.every=2", "optimizer.ema=0.5", *validation,
+                f"data.validation_lists={clips}", "log.tensorboard=true"]
     figures = run(words, tmp_path / "run", *settings)
     assert len([line for line in figures if "validation_loss" in line]) == 2
     first, second = (tmp_path / f"run/validation/step_00000{step}/case_001.mp4" for step in (2, 4))
@@ -239,6 +244,44 @@ def test_a_folder_with_a_run_is_not_overwritten(words, tmp_path, caplog):
     assert "resume=latest" in caplog.messages[-1]
 
 
+def mistake(words: list[str], output: Path, *more: str) -> int:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return train.main([*words, f"output={output}", *more])
+
+
+def test_a_resume_takes_the_settings_rates_and_refuses_what_it_cannot(words, tmp_path, caplog):
+    lora = ["what=lora", "lora.rank=2", "checkpoint.every=1"]
+    run(words, tmp_path / "a", *lora, "max_steps=2")
+    figures = run(words, tmp_path / "a", *lora, "max_steps=4", "resume=latest", "optimizer.lr=1e-5")
+    assert [line["lr"] for line in figures] == pytest.approx([5e-4, 1e-3, 1e-5, 1e-5])
+    for other, said in (("optimizer.name=came", "adamw, not came"), ("lora.rank=4", "resume with the same model, what and lora")):
+        assert mistake(words, tmp_path / "a", *lora, "max_steps=6", "resume=latest", other) == 2
+        assert said in caplog.messages[-1]
+
+
+def test_going_back_needs_another_folder(words, tmp_path, caplog):
+    whole = run(words, tmp_path / "a", "max_steps=3", "checkpoint.every=1")
+    back = f"resume={tmp_path / 'a/checkpoints/step_000001'}"
+    assert mistake(words, tmp_path / "a", "max_steps=3", back) == 2 and "later steps" in caplog.messages[-1]
+    assert losses(run(words, tmp_path / "b", "max_steps=3", back)) == losses(whole)[1:]
+
+
+def test_a_new_run_looks_at_its_clips_again(words, clips, tmp_path, caplog):
+    """A first attempt, without masks and stopped before its first checkpoint, leaves no trace in the next."""
+    folder = make_clip(tmp_path / "clip", frames=12, masks=False)
+    (tmp_path / "list.txt").write_text(str(folder))
+    own = [*words, f"data.lists={tmp_path / 'list.txt'}", "max_steps=1"]
+    run(own, tmp_path / "run")
+    assert "masks count as ones" in caplog.text
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    for kind in ("face_masks", "lip_masks"):
+        shutil.copytree(Path(clips.read_text().splitlines()[0]) / kind, folder / kind)
+    caplog.clear()
+    run(own, tmp_path / "run")
+    assert "masks count as ones" not in caplog.text
+
+
 @pytest.fixture(scope="module")
 def one_process(tiny_folder, clips, tmp_path_factory) -> Path:
     """A run of one process that takes two samples, one after the other, at each step; the steps of the last epoch have a filler."""
@@ -266,11 +309,12 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_processes_are_one_that_accumulates(words, one_process, tmp_path, strategy):
-    """With a resume half-way; each process has its own samples, and what is saved for use is the whole model."""
+def test_two_processes_are_one_that_accumulates(words, clips, validation, one_process, tmp_path, strategy):
+    """With a resume and validations on the way, which change nothing; each process has its own samples, and what is saved for use is
+    the whole model."""
     if strategy.startswith("zero"):
         pytest.importorskip("deepspeed")
-    extra = ["optimizer.ema=0"] if strategy == "zero3" else []
+    extra = ["optimizer.ema=0"] if strategy == "zero3" else [*validation, "validation.every=1", f"data.validation_lists={clips}"]
     for more in (["max_steps=2"], ["resume=latest"]):
         finish(start(words, tmp_path, *SEVERAL, *extra, *more, strategy=strategy))
     assert losses(metrics(tmp_path)) == pytest.approx(losses(metrics(one_process)), rel=2e-5)

@@ -20,7 +20,7 @@ class DataConfig:
                                choices=("float32", "bfloat16"))
     workers: int = setting(4, "processes that read clips, for each training process; 0 reads in the process itself", low=0)
     max_broken: float = setting(0.05, "share of broken clips above which a run stops", low=0, high=1)
-    validation_lists: str = setting("", "path lists of held-out clips for the validation loss; empty for none")
+    validation_lists: str = setting("", "path lists of held-out clips, whose loss is measured for every checkpoint; empty for none")
 
 
 @dataclass
@@ -79,7 +79,7 @@ class CheckpointConfig:
 
 @dataclass
 class ValidationConfig:
-    every: int = setting(0, "steps between two validations (loss on held-out clips, videos of fixed cases); 0 for none", low=0)
+    every: int = setting(0, "steps between two sets of videos of fixed cases; 0 for none", low=0)
     cases: str = setting("", "list of cases as of inference.py, made into videos with sound; empty for none")
     config: str = setting("", "YAML of inference.py with the settings of those videos")
 

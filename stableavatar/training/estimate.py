@@ -17,6 +17,7 @@ from stableavatar.models.checkpoint_files import Checkpoint
 from stableavatar.models.dit import AvatarTransformer
 from stableavatar.training.config import OptimizerConfig, TrainConfig, parse_lengths, parse_sizes
 from stableavatar.training.cost import Precision, step_cost
+from stableavatar.training.optimizer import MUON_REGIONS
 from stableavatar.training.trainable import is_matrix, region, trained
 
 GIB = 2**30
@@ -38,7 +39,6 @@ STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 4, "came": 4}
 """Of an optimiser, per number of a matrix: two moments in float32, or in a byte each; one; one, the other being factored."""
 VECTOR_STATE_BYTES = 8
 """Whatever the optimiser, norms, biases and modulations have two moments in float32."""
-MUON_REGIONS = ("blocks", "audio")
 GATHERED_BLOCKS = 2
 """Where weights are partitioned: the block at work and the next one, which is fetched meanwhile, are whole."""
 REDUCED = {"zero1": 500_000_000, "zero2": 500_000_000}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from stableavatar.data.samples import Bucket
 from stableavatar.models.dit import AvatarTransformer
-from stableavatar.models.lora import TrainedLora, add_lora
+from stableavatar.models.lora import TrainedLora, add_lora, target_pattern
 from stableavatar.training.config import TrainConfig
 from stableavatar.training.ema import Ema
 from stableavatar.training.estimate import estimate
@@ -25,6 +25,13 @@ logger = logging.getLogger(__name__)
 
 LORA = "lora.safetensors"
 """Inside a checkpoint of a LoRA run."""
+
+
+def check_trainable(config: TrainConfig) -> None:
+    """Raise ValueError for a LoRA or an optimiser that cannot be made, before anything is loaded."""
+    if config.what == "lora":
+        target_pattern(config.lora.targets, adapter=False)
+    make_optimizer(parameter_groups(nn.Linear(1, 1), config.optimizer), config.optimizer)
 
 
 def make_trainable(transformer: AvatarTransformer, config: TrainConfig) -> TrainedLora | None:

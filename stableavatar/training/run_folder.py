@@ -25,6 +25,7 @@ CHECKPOINT = re.compile(r"step_(\d{6,})")
 PARTIAL = ".partial"
 RECORD = "run.json"
 BEST = "best.json"
+CLIPS = "clips.jsonl"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,6 +53,10 @@ class RunFolder:
         start = self.resume_from(config.resume)
         if start is None and self.all():
             raise ValueError(f"output {self.path} holds a run already; say resume=latest to go on with it, or give another output")
+        if start and self.all() and _step(self.last()) > read_record(start)["step"]:  # they would be taken for the last ones
+            raise ValueError(f"output {self.path} has checkpoints of later steps than {start}; give another output, or remove them")
+        if start is None:  # what an earlier attempt found may have been mended
+            (self.path / CLIPS).unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in self.checkpoints.glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -71,7 +76,7 @@ class RunFolder:
     def all(self) -> list[Path]:
         """Whole checkpoints, the oldest first."""
         found = [path for path in self.checkpoints.glob("step_*") if CHECKPOINT.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(CHECKPOINT.fullmatch(path.name)[1]))
+        return sorted(found, key=_step)
 
     def last(self) -> Path | None:
         """The newest whole checkpoint."""
@@ -90,11 +95,8 @@ class RunFolder:
         partial, final = self.partial(step), self.checkpoints / f"step_{step:06d}"
         write_text(partial / RECORD, json.dumps(record | {"step": step, "measure": measure}, indent=1))
         _sync_folder(partial)
-        if final.exists():  # the same step again, after going on from an earlier checkpoint
-            shutil.rmtree(final)
         partial.replace(final)
-        best = self.best()
-        if measure is not None and (best is None or measure <= best["measure"] or not (self.checkpoints / best["name"]).is_dir()):
+        if measure is not None and self._is_best(measure, record["measured"]):
             write_text(self.checkpoints / BEST, json.dumps({"name": final.name, "measure": measure, "of": record["measured"]}))
         self.prune()
         return final
@@ -104,12 +106,23 @@ class RunFolder:
         path = self.checkpoints / BEST
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
+    def _is_best(self, measure: float, measured: str) -> bool:
+        """Whether a checkpoint is better than the best one. What was measured otherwise cannot be compared: the newer one counts."""
+        best = self.best()
+        known = best is not None and best["of"] == measured and (self.checkpoints / best["name"]).is_dir()
+        return not known or measure <= best["measure"]
+
     def prune(self) -> None:
         """Removes all checkpoints but the last ones and the best; an interrupted removal leaves no half one under a checkpoint's name."""
         best = (self.best() or {}).get("name")
         for path in self.all()[: -self.keep]:
             if path.name != best:
                 shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
+
+
+def _step(checkpoint: Path) -> int:
+    """Optimiser steps that a whole checkpoint was saved after."""
+    return int(CHECKPOINT.fullmatch(checkpoint.name)[1])
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from stableavatar.data.latent_cache import CachedDataset
 from stableavatar.training.config import DataConfig, TrainConfig, parse_lengths, parse_sizes
 from stableavatar.training.parts import encoding_identity
 from stableavatar.training.processes import gather_objects, on_main
+from stableavatar.training.run_folder import CLIPS
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class SampleSource:
     def __init__(self, config: TrainConfig, accelerator: Accelerator, folder: Path) -> None:
         self.config, self.accelerator = config, accelerator
         data = config.data
-        self.clips, self.broken = on_main(accelerator, lambda: list_clips(data, data.lists, folder / "clips.jsonl"))
+        self.clips, self.broken = on_main(accelerator, lambda: list_clips(data, data.lists, folder / CLIPS))
         self._total, self._told = len(self.clips) + len(self.broken), 0
         self._new: dict[str, str] = {}
         self.tell_broken()

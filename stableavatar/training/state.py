@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from stableavatar.models.checkpoint_writing import write_tensors
 from stableavatar.models.dit import AvatarTransformer
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 TRAINED = "trained.safetensors"
 TRANSFORMER = "transformer"
 RELEASED = "transformer3d.safetensors"
+CONFIGURED = {"weight_decay", "betas", "eps", "momentum"}
+"""What a group of weights takes from the settings, also after a resume; its learning rate is the schedule's."""
 
 
 @dataclass
@@ -48,7 +50,7 @@ class ExactState:
     Without sharding only the weights that train are written; frozen ones come from their own files. Sharded strategies write theirs.
     """
 
-    def __init__(self, accelerator: Accelerator, schedule: LRScheduler, ema: Ema | None) -> None:
+    def __init__(self, accelerator: Accelerator, schedule: LambdaLR, ema: Ema | None) -> None:
         self.accelerator, self.schedule, self.ema = accelerator, schedule, ema
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
@@ -62,14 +64,22 @@ class ExactState:
             torch.save(self.ema.state_dict(), self._ema_file(folder))
 
     def load(self, folder: Path) -> None:
-        """Takes over what `save` wrote. Raises ValueError if it was saved by a run of another kind."""
+        """Takes over what `save` wrote, but for rates and the like, which are those of the settings.
+
+        Raises:
+            ValueError: it was saved by a run of another kind.
+        """
+        schedule, optimizer = self.schedule, self.schedule.optimizer
+        configured = [{key: group[key] for key in CONFIGURED & group.keys()} for group in optimizer.param_groups]
         try:
             self.accelerator.load_state(str(folder))
-            self.schedule.load_state_dict(torch.load(folder / "schedule.pt", weights_only=True))
+            schedule.load_state_dict(torch.load(folder / "schedule.pt", weights_only=True) | {"base_lrs": schedule.base_lrs})
             if self.ema:
                 self.ema.load_state_dict(torch.load(self._ema_file(folder), weights_only=True, map_location="cpu"))
         except FileNotFoundError as error:
             raise ValueError(f"{folder} lacks {error.filename}: it is of a run with another strategy, ema or number of processes") from None
+        for group, settings, rate, factor in zip(optimizer.param_groups, configured, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group.update(settings, lr=rate * factor(schedule.last_epoch))
 
     def _ema_file(self, folder: Path) -> Path:
         part = self.accelerator.process_index if has_parts_only(self.accelerator) else 0
@@ -87,8 +97,9 @@ class ExactState:
         if not file.is_file():
             return
         parameters, saved = self._trained(models.pop()), load_file(file)
-        if saved.keys() != parameters.keys():
-            raise ValueError(f"{file} holds {len(saved)} weights, not the {len(parameters)} that train; resume with the same what")
+        if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in parameters.items()}:
+            raise ValueError(f"{file} holds {len(saved)} weights, other ones than the {len(parameters)} that train; resume with the same "
+                             "model, what and lora")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])

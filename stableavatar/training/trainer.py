@@ -20,7 +20,7 @@ from stableavatar.pipeline import StableAvatarPipeline
 from stableavatar.training.config import TrainConfig
 from stableavatar.training.encode import SampleEncoder
 from stableavatar.training.estimate import flops_per_sample, table
-from stableavatar.training.learner import Learner
+from stableavatar.training.learner import Learner, check_trainable
 from stableavatar.training.objective import Losses, Objective
 from stableavatar.training.parts import check_model, load_frozen_parts
 from stableavatar.training.processes import gather_objects, make_accelerator, on_main, sum_over_processes
@@ -47,6 +47,7 @@ class Trainer:
         self.folder = RunFolder(config.output, config.checkpoint.keep)
         self.validation = Validation(config, self.accelerator, self.folder.path)
         check_model(config, frozen=self._needs_encoders())
+        check_trainable(config)
         check_backend(config.attention, self.accelerator.device, torch.float32)
         start = on_main(self.accelerator, lambda: self.folder.open(config))
         self.source = SampleSource(config, self.accelerator, self.folder.path)
@@ -165,7 +166,7 @@ class Trainer:
         if epoch_ended:
             self.source.tell_broken()
         with self.report.paused():
-            if config.validation.every and step % config.validation.every == 0:
+            if config.validation.every and step % config.validation.every == 0 and not self._stopping:
                 self.validation.videos(step, self.learner, self.encoder)
             if step % config.checkpoint.every == 0:
                 self._save()
@@ -174,22 +175,31 @@ class Trainer:
         """Writes a checkpoint under a temporary name, then gives it its own; called by all processes."""
         step, partial = self.position.step, self.folder.partial(self.position.step)
         loss, measured = self._since_save["loss"] / max(1, self._since_save["samples"]), "mean training loss since the last checkpoint"
-        if self.validation.held_out and not self._stopping:  # when a job's time is over there is none for it
+        hurried = self.validation.held_out and self._stopping  # when a job's time is over there is none for that loss
+        if self.validation.held_out and not hurried:
             loss, measured = self.validation.loss(self.learner, self.encoder), "loss on held-out clips"
             self.report.validation(step, loss)
         on_main(self.accelerator, lambda: partial.mkdir(parents=True, exist_ok=True))
         self.learner.save(partial)
         self.accelerator.wait_for_everyone()
-        record = {**asdict(self.position), "places": self.source.plan.places, "clips": len(self.source.clips), "measured": measured}
-        path = on_main(self.accelerator, lambda: self.folder.publish(step, record, loss))
+        record = {**asdict(self.position), "places": self.source.plan.places, "clips": len(self.source.clips),
+                  "optimizer": self.config.optimizer.name, "measured": measured}
+        path = on_main(self.accelerator, lambda: self.folder.publish(step, record, None if hurried else loss))
         self._since_save.clear()
         self._say("saved %s: %s %.5f", path, measured, loss)
 
     def _position(self, start: Path | None) -> Position:
-        """Where to go on. With other clips or another number of samples per step an epoch is cut otherwise, and begins anew."""
+        """Where to go on. With other clips or another number of samples per step an epoch is cut otherwise, and begins anew.
+
+        Raises:
+            ValueError: the checkpoint is of a run with another optimiser.
+        """
         if start is None:
             return Position()
         record = read_record(start)
+        if (name := record["optimizer"]) != self.config.optimizer.name:
+            raise ValueError(f"{start} was saved with optimizer.name={name}, not {self.config.optimizer.name}; resume with the same, or "
+                             "give another output and start from its weights")
         position = Position(**{field.name: record[field.name] for field in fields(Position)})
         if (record["places"], record["clips"]) != (self.source.plan.places, len(self.source.clips)):
             self._say("%s was saved with %d samples per step and %d clips, now %d and %d: epoch %d begins anew", start, record["places"],

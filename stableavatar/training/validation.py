@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from stableavatar.cases import check_inputs, make_video, plan_case, read_cases
 from stableavatar.config import InferenceConfig, load_config
@@ -96,12 +98,13 @@ class Validation:
         if not self.cases:
             return
         together, rank = has_parts_only(self.accelerator), self.accelerator.process_index
+        device = self.accelerator.device.type if self.accelerator.device.type == "cpu" else str(self.accelerator.device)  # gloo's is cpu:0
         with evaluating(learner), self.accelerator.autocast(), encoder.resident():
             pipeline = StableAvatarPipeline(learner.transformer, **encoder.parts)
             pipeline.set_progress_bar_config(disable=True)
             for number, case in enumerate(self.cases):
                 output = self.folder / "validation" / f"step_{step:06d}" / f"case_{number + 1:03d}.mp4"
-                case = replace(case, output=str(output), device=str(self.accelerator.device), work_dir="", frames_dir="")
+                case = replace(case, output=str(output), device=device, work_dir="", frames_dir="")
                 if rank == (0 if together else number % self.accelerator.num_processes):
                     make_video(pipeline, case)
                 elif together:
@@ -117,5 +120,13 @@ def evaluating(learner: Learner) -> Iterator[None]:
     try:
         with learner.ema.swapped() if learner.ema else nullcontext():
             yield
+            reshard(learner.model)
     finally:
         learner.model.train()
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of the weights that FSDP keeps whole for a backward pass that will not come: the next forward would take them as they are."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
