@@ -61,6 +61,9 @@ def test_the_base_models_file_gets_fresh_audio_tensors(checkpoints: Path) -> Non
     file = "Wan2.1-Fun-V1.1-1.3B-InP/diffusion_pytorch_model.safetensors"
     pipe = StableAvatarPipeline.from_released(checkpoints, transformer=file, dtype=torch.float32)
     assert not pipe.transformer.blocks[0].cross_attn.k_audio.weight.any()
+    again = StableAvatarPipeline.from_released(checkpoints, transformer=file, dtype=torch.float32).transformer
+    adapter = dict(pipe.transformer.audio_adapter.named_parameters())
+    assert all(torch.equal(adapter[name], p) for name, p in again.audio_adapter.named_parameters()), "a LoRA on it fits it again"
 
 
 def test_only_what_is_not_whole_is_written_again(checkpoints: Path) -> None:

@@ -113,7 +113,7 @@ class TrainConfig(Config):
     batch: int = setting(1, "samples per process and forward", low=1)
     accumulation: int = setting(1, "forwards per optimiser step", low=1)
     seed: int = setting(42, "seed of everything random", low=0, high=2**63 - 1)
-    device: str = setting("auto", "auto, cpu or cuda; each process takes its own GPU")
+    device: str = setting("auto", "every process takes its own GPU; auto is the CPU where there is none", choices=("auto", "cpu", "cuda"))
     dtype: str = setting("bfloat16", "precision of computation; trained weights stay in float32 (with DeepSpeed: their master copy)",
                          choices=("float32", "bfloat16"))
     gradient_checkpointing: bool = setting(True, "compute blocks again in the backward pass instead of keeping their activations")

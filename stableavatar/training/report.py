@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,8 +56,7 @@ class Report:
     def __init__(
         self, config: LogConfig, folder: Path | None, flops: Mapping[Bucket, float], workers: Workers, first_step: int, total_steps: int
     ) -> None:
-        if config.wandb and importlib.util.find_spec("wandb") is None:
-            raise ValueError(f"log.wandb={config.wandb} needs wandb, which is not installed: pip install wandb")
+        check_wandb(config)
         self.config, self.total_steps = config, total_steps
         self._flops, self._workers = flops, workers
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=RECENT)
@@ -115,6 +115,12 @@ class Report:
         rate = flops / seconds / self._workers.processes
         memory = peak_bytes(self._workers.device) / GIB
         return dict(zip(SPEED, (seconds / len(self._recent), tokens / seconds, rate / 1e12, rate / self._peak.flops, memory)))
+
+
+def check_wandb(config: LogConfig) -> None:
+    """Raise ValueError if `log.wandb` names a project, but wandb is not installed."""
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"log.wandb={config.wandb} needs wandb, which is not installed: pip install wandb")
 
 
 def format_step(step: int, total: int, values: Mapping[str, float], source: str) -> str:
@@ -194,7 +200,8 @@ class Wandb:
     def __init__(self, project: str, folder: Path) -> None:
         import wandb
 
-        self._run = wandb.init(project=project, name=folder.name, id=folder.name, dir=str(folder), resume="allow")
+        name = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"  # folders of one name are different runs
+        self._run = wandb.init(project=project, name=folder.name, id=name, dir=str(folder), resume="allow")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """A point on each curve."""

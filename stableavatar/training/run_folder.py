@@ -57,6 +57,8 @@ class RunFolder:
             raise ValueError(f"output {self.path} has checkpoints of later steps than {start}; give another output, or remove them")
         if start is None:  # what an earlier attempt found may have been mended
             (self.path / CLIPS).unlink(missing_ok=True)
+            if config.resume:
+                logger.info("there is no checkpoint in %s yet: a new run begins", self.path)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in self.checkpoints.glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

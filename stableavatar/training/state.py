@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -56,12 +57,15 @@ class ExactState:
         accelerator.register_load_state_pre_hook(self._load_weights)
 
     def save(self, folder: Path) -> None:
-        """Writes the state of every process into a folder; called by all of them."""
-        self.accelerator.save_state(str(folder))
-        if self.accelerator.is_main_process:
-            torch.save(self.schedule.state_dict(), folder / "schedule.pt")
-        if self.ema and (self.accelerator.is_main_process or has_parts_only(self.accelerator)):
-            torch.save(self.ema.state_dict(), self._ema_file(folder))
+        """Writes the state of every process into a folder; called by all of them. Raises ValueError if it cannot be written."""
+        try:
+            self.accelerator.save_state(str(folder))
+            if self.accelerator.is_main_process:
+                torch.save(self.schedule.state_dict(), folder / "schedule.pt")
+            if self.ema and (self.accelerator.is_main_process or has_parts_only(self.accelerator)):
+                torch.save(self.ema.state_dict(), self._ema_file(folder))
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError where the disk is full
+            raise ValueError(f"cannot write the checkpoint {folder} ({str(error).splitlines()[0]}); is there room on the disk?") from error
 
     def load(self, folder: Path) -> None:
         """Takes over what `save` wrote, but for rates and the like, which are those of the settings.

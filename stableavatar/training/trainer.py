@@ -24,7 +24,7 @@ from stableavatar.training.learner import Learner, check_trainable
 from stableavatar.training.objective import Losses, Objective
 from stableavatar.training.parts import check_model, load_frozen_parts
 from stableavatar.training.processes import gather_objects, make_accelerator, on_main, sum_over_processes
-from stableavatar.training.report import GIB, Report, Workers
+from stableavatar.training.report import GIB, Report, Workers, check_wandb
 from stableavatar.training.run_folder import RunFolder, read_record
 from stableavatar.training.source import SIGNALS, SampleSource
 from stableavatar.training.state import Position
@@ -48,6 +48,7 @@ class Trainer:
         self.validation = Validation(config, self.accelerator, self.folder.path)
         check_model(config, frozen=self._needs_encoders())
         check_trainable(config)
+        check_wandb(config.log)
         check_backend(config.attention, self.accelerator.device, torch.float32)
         start = on_main(self.accelerator, lambda: self.folder.open(config))
         self.source = SampleSource(config, self.accelerator, self.folder.path)
