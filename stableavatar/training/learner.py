@@ -62,9 +62,8 @@ class Learner:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, total_steps: int, buckets: Sequence[Bucket]) -> None:
         self.config, self.accelerator = config, accelerator
-        # What stays frozen need not be read in more than it computes in; what trains becomes float32 below.
-        dtype = getattr(torch, config.dtype) if config.what == "lora" else torch.float32
-        transformer = load_training_transformer(config, dtype)
+        # A base that stays frozen is read in what it computes in; what trains becomes float32 below.
+        transformer = load_training_transformer(config, getattr(torch, config.dtype) if config.what == "lora" else None)
         self.lora = make_trainable(transformer, config)
         self.text_length = transformer.config.text_length
         self.plans = on_main(accelerator, lambda: estimate(transformer, config, accelerator.num_processes, strategy(accelerator), buckets))

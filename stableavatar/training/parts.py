@@ -38,8 +38,12 @@ def check_model(config: TrainConfig, transformer: bool = True, frozen: bool = Tr
             raise ValueError(f"{key} {path} does not exist")
 
 
-def load_training_transformer(config: TrainConfig, dtype: torch.dtype = torch.float32) -> AvatarTransformer:
+def load_training_transformer(config: TrainConfig, dtype: torch.dtype | None = None) -> AvatarTransformer:
     """The transformer to train, on the host; one from scratch follows from config.seed alone.
+
+    Args:
+        dtype: of its weights; None keeps those of released files as they are (every process of a machine reads them, and bfloat16 takes
+            half of the memory) and makes others float32.
 
     Raises:
         ValueError: what `check_model` raises, files that are damaged or of another model.
@@ -49,14 +53,14 @@ def load_training_transformer(config: TrainConfig, dtype: torch.dtype = torch.fl
     if config.scratch:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
-            return _from_scratch(Path(config.scratch), dtype)
+            return _from_scratch(Path(config.scratch), dtype or torch.float32)
     if _is_saved_model(path):
-        return load_model(AvatarTransformer, path, dtype)
+        return load_model(AvatarTransformer, path, dtype or torch.float32)
     if not config.model:
         return _released(config).load_transformer(dtype)
     if config.transformer:
         return load_transformer(path, dtype, config=_read_settings(Path(config.model) / "transformer" / CONFIG_FILE))
-    return load_folder(StableAvatarPipeline, Path(config.model), {"default": dtype}, without=FROZEN).transformer
+    return load_folder(StableAvatarPipeline, Path(config.model), {"default": dtype or torch.float32}, without=FROZEN).transformer
 
 
 def load_frozen_parts(config: TrainConfig) -> dict[str, Any]:

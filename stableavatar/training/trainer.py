@@ -152,7 +152,7 @@ class Trainer:
         """Says what the run will cost, and opens its figures."""
         plans, device = self.learner.plans, self.accelerator.device
         self._say("memory of each process by estimate, GiB (activations are those of the largest moment of a step):\n%s",
-                  table(plans, memory_bytes(device) / GIB))
+                  table(plans, round(memory_bytes(device) / GIB, 1)))
         workers = Workers(device, getattr(torch, self.config.dtype), self.accelerator.num_processes)
         folder = self.folder.path if self.accelerator.is_main_process else None
         return Report(self.config.log, folder, flops_per_sample(plans, self.config), workers, self.position.step, self.total_steps)
