@@ -11,7 +11,14 @@ wanted="$(cat requirements.txt "$requirements" pyproject.toml | cksum) $PWD"
 stamp=.venv/installed-$requirements
 works() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; }
 
-if works .venv/bin/python && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+ready() { works .venv/bin/python && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; }
+
+if ready; then exit 0; fi
+if command -v flock >/dev/null; then  # machines that share the folder take turns
+    exec 9>.setup.lock
+    flock 9
+    if ready; then exit 0; fi
+fi
 
 if ! { works .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1; }; then
     for python in ${PYTHON:-python3 python3.11 python3.12 python3.10 python}; do
