@@ -33,9 +33,9 @@ TINY = ["device=cpu", "dtype=float32", "what=all", "data.sizes=32x32", "data.fra
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """The path list of four clips of 12 frames."""
+    """The path list of five clips of 12 frames and more."""
     folder = tmp_path_factory.mktemp("clips")
-    names = [make_clip(folder / "square" / "speech" / f"{number:05d}", frames=12 + number) for number in range(4)]
+    names = [make_clip(folder / "square" / "speech" / f"{number:05d}", frames=12 + number) for number in range(5)]
     (folder / "list.txt").write_text("\n".join(map(str, names)))
     return folder / "list.txt"
 
@@ -55,13 +55,13 @@ def run(words: list[str], output: Path, *more: str) -> list[dict]:
 
 
 def start(words: list[str], output: Path, *more: str, strategy: str = "") -> subprocess.Popen:
-    """A run in a process of its own, or with a strategy in two."""
-    several = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())] if strategy else []
-    program = [sys.executable, *several]
-    threads = {"OMP_NUM_THREADS": "1"} if strategy else {}
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"} | threads | STRATEGIES.get(strategy, {})
-    return subprocess.Popen([*program, str(ROOT / "train.py"), *words, f"output={output}", *more], cwd=ROOT, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """A run in a process of its own, or in two as a configuration of accelerate_config/ says."""
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"accelerate_config/{strategy}.yaml"),
+                "--num_processes", "2", "--main_process_port", str(free_port())]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"} | ({"OMP_NUM_THREADS": "1"} if strategy else {})
+    program = [sys.executable, *(launcher if strategy else []), str(ROOT / "train.py")]
+    return subprocess.Popen([*program, *words, f"output={output}", *more], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
 def free_port() -> int:
@@ -233,7 +233,7 @@ def test_broken_clips_are_named_and_too_many_stop_the_run(words, clips, tmp_path
     assert train.main([*some, f"output={tmp_path / 'few'}", "data.max_broken=0.2"]) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
     assert train.main([*some, f"output={tmp_path / 'many'}"]) == 2
-    assert f"broken clip {broken}" in caplog.text and caplog.messages[-1].startswith("error: 1 of 5 clips are broken, more than")
+    assert f"broken clip {broken}" in caplog.text and caplog.messages[-1].startswith("error: 1 of 6 clips are broken, more than")
     assert str(broken) in caplog.messages[-1]
 
 
@@ -284,31 +284,16 @@ def test_a_new_run_looks_at_its_clips_again(words, clips, tmp_path, caplog):
 
 @pytest.fixture(scope="module")
 def one_process(tiny_folder, clips, tmp_path_factory) -> Path:
-    """A run of one process that takes two samples, one after the other, at each step; the steps of the last epoch have a filler."""
+    """A run of one process that takes two samples, one after the other, at each step; the last of an epoch has a filler."""
     output = tmp_path_factory.mktemp("one")
     run([f"model={tiny_folder}", f"data.lists={clips}", *TINY], output, *SEVERAL, "accumulation=2")
     return output
 
 
 SEVERAL = ["max_steps=4", "optimizer.eps=1e-6", "optimizer.ema=0.5", "log.every=1"]
-STRATEGIES = {
-    "ddp": {},
-    "fsdp": {
-        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block,AdapterBlock", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_RESHARD_AFTER_FORWARD": "true",
-    },
-    "zero2": {
-        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "deepspeed_config/zero_stage2_config.json"),
-    },
-    "zero3": {
-        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "deepspeed_config/zero_stage3_config.json"),
-    },
-}  # fmt: skip
-"""What `accelerate launch` puts into the environment for its configurations."""
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
 def test_two_processes_are_one_that_accumulates(words, clips, validation, one_process, tmp_path, strategy):
     """With a resume and validations on the way, which change nothing; each process has its own samples, and what is saved for use is
     the whole model."""
