@@ -12,17 +12,15 @@ released names, anything else a folder; precisions stay as they are. `unmerge` w
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stableavatar.folders import load_model  # noqa: E402
 from stableavatar.models.checkpoint_files import Checkpoint  # noqa: E402
-from stableavatar.models.checkpoint_writing import write_tensors  # noqa: E402
+from stableavatar.models.checkpoint_writing import write_state_dict  # noqa: E402
 from stableavatar.models.dit import AvatarTransformer  # noqa: E402
 from stableavatar.models.lora import merge_files, unmerge_files  # noqa: E402
 from stableavatar.models.lora_files import check_loras, describe, export_lora, parse_loras  # noqa: E402
@@ -45,9 +43,9 @@ def change(args: argparse.Namespace) -> None:
     model = load(args.transformer)
     (merge_files if args.command == "merge" else unmerge_files)(model, files)
     if args.output.suffix in FILE_ENDINGS:
-        write(args.output, dict(export_tensors(model)).items())
+        write_state_dict(args.output, dict(export_tensors(model)))
     else:
-        write(args.output / WEIGHTS, model.named_parameters())
+        write_state_dict(args.output / WEIGHTS, dict(model.named_parameters()))
         model.save_config(args.output)
     print(f"wrote {args.output}")
 
@@ -58,12 +56,6 @@ def load(path: Path) -> AvatarTransformer:
         return load_transformer(path, dtype=None, fresh_audio=True)
     dtypes = (tensor.dtype for name, tensor in Checkpoint(path).read() if name == MATRIX)
     return load_model(AvatarTransformer, path, next(dtypes, torch.float32))
-
-
-def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """A file of named tensors."""
-    named = dict(tensors)
-    write_tensors(path, {name: (tensor.dtype, tensor.shape) for name, tensor in named.items()}, named.items())
 
 
 def export(args: argparse.Namespace) -> None:

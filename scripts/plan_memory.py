@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stableavatar.command_line import Parser  # noqa: E402
 from stableavatar.config import load_config  # noqa: E402
 from stableavatar.models.dit import AvatarTransformer  # noqa: E402
-from stableavatar.models.lora import target_pattern  # noqa: E402
+from stableavatar.models.lora import inject_lora  # noqa: E402
 from stableavatar.models.strict_loading import empty_model  # noqa: E402
 from stableavatar.models.weights import BASE_CONFIG_FILE, read_base_config  # noqa: E402
 from stableavatar.training.config import TrainConfig  # noqa: E402
@@ -57,22 +56,13 @@ def build(config: TrainConfig, name: str) -> AvatarTransformer:
     settings = PUBLISHED[name] if name else transformer_settings(config)
     model = empty_model(lambda: AvatarTransformer(**settings))
     if config.what == "lora":
-        add_lora(model, config)
+        inject_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.adapter)
     else:
         select(model, config.what)
     to_training_dtype(model, getattr(torch, config.dtype))
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model
-
-
-def add_lora(model: AvatarTransformer, config: TrainConfig) -> None:
-    """Low-rank branches as training adds them, but without values."""
-    lora = config.lora
-    pattern = target_pattern(lora.targets, lora.adapter == "lora")
-    model.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=pattern))
-    if lora.adapter == "whole":
-        model.audio_adapter.requires_grad_(True)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -30,7 +30,7 @@ from stableavatar.data.cache_index import (
 from stableavatar.data.clips import Clip
 from stableavatar.data.dataset import BucketDataset
 from stableavatar.data.samples import TENSORS, Bucket, EncodedSample, Item
-from stableavatar.models.checkpoint_writing import write_tensors
+from stableavatar.models.checkpoint_writing import write_state_dict
 
 SHARD_BYTES = 2**29
 SHARD_SECONDS = 300.0
@@ -95,8 +95,7 @@ class CacheWriter:
     def flush(self) -> None:
         """Writes what has come together: the shard, then, once it is in place, its lines of the index."""
         if self._waiting:
-            specs = {name: (tensor.dtype, tensor.shape) for name, tensor in self._tensors.items()}
-            write_tensors(self.folder / self._shard_name, specs, self._tensors.items())
+            write_state_dict(self.folder / self._shard_name, self._tensors)
             append(self._index, self._waiting)
             self._entries |= self._waiting
             self._tensors, self._waiting, self._number = {}, {}, self._number + 1

@@ -84,19 +84,23 @@ def add_lora(model: AvatarTransformer, rank: int, alpha: float, targets: str, ad
     Raises:
         ValueError: unknown or no targets, or an unknown word for the adapter.
     """
-    if adapter not in ("whole", "lora", "frozen"):
-        raise ValueError(f"the audio adapter must be trained whole, lora or frozen, got {adapter!r}")
-    pattern = target_pattern(targets, adapter == "lora")
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     about = {"rank": rank, "alpha": alpha, "targets": targets, "adapter": adapter, "base": fingerprint(model), "transformer": config}
     whole = {name: p for name, p in model.named_parameters() if adapter == "whole" and name.startswith(ADAPTER_PREFIX)}
     base = {name: parameter.detach().to("cpu", copy=True) for name, parameter in whole.items()}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        _inject(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern), TRAINED)
-    for parameter in whole.values():
-        parameter.requires_grad_(True)
+        inject_lora(model, rank, alpha, targets, adapter)
     return TrainedLora(base, about)
+
+
+def inject_lora(model: AvatarTransformer, rank: int, alpha: float, targets: str, adapter: str) -> None:
+    """What `add_lora` does to the model, which may be without memory for its weights. Raises ValueError as add_lora."""
+    if adapter not in ("whole", "lora", "frozen"):
+        raise ValueError(f"the audio adapter must be trained whole, lora or frozen, got {adapter!r}")
+    _inject(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_pattern(targets, adapter == "lora")), TRAINED)
+    if adapter == "whole":
+        model.audio_adapter.requires_grad_(True)
 
 
 def target_pattern(targets: str, adapter: bool) -> str:

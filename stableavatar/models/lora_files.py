@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from stableavatar.models.checkpoint_files import Checkpoint
-from stableavatar.models.checkpoint_writing import write_tensors
+from stableavatar.models.checkpoint_writing import write_state_dict
 from stableavatar.models.dit import AvatarTransformer
 from stableavatar.models.key_maps import released_sources
 from stableavatar.models.strict_loading import empty_model
@@ -144,8 +144,7 @@ def write_lora(path: str | Path, tensors: Mapping[str, Tensor], about: dict[str,
     """Writes a LoRA file, which appears under its name when it is complete. Raises ValueError if it cannot be written."""
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"a LoRA file must be named .safetensors, got {path}")
-    specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    write_tensors(path, specs, tensors.items(), {ABOUT: json.dumps(about)})
+    write_state_dict(path, tensors, {ABOUT: json.dumps(about)})
 
 
 def export_lora(path: str | Path, target: str | Path) -> None:

@@ -99,14 +99,14 @@ def fill(model: Model, file: Checkpoint, dtype: torch.dtype | None, device: str 
 
 def place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: str | torch.device) -> None:
     """Copies a tensor into the model; parameters that the model's class keeps in float32 are not rounded."""
-    if dtype and _kept_in_float32(model, name, dtype):
+    if dtype and kept_in_float32(model, name, dtype):
         dtype = torch.float32
     place = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, nn.Parameter(place.copy_(tensor)))
 
 
-def _kept_in_float32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+def kept_in_float32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
     """The libraries' own rule: diffusers keeps the marked modules for every dtype, transformers for float16 only."""
     marked = set(model._keep_in_fp32_modules or ()) & set(name.split("."))
     return bool(marked) and (isinstance(model, ModelMixin) or dtype == torch.float16)

@@ -1,6 +1,5 @@
 """What learns: the transformer with its trainable weights, their optimiser, schedule and moving average, on every process."""
 
-import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,8 +19,6 @@ from stableavatar.training.parts import load_training_transformer
 from stableavatar.training.processes import on_main, strategy
 from stableavatar.training.state import ExactState, write_transformer
 from stableavatar.training.trainable import parameter_groups, select, to_training_dtype, trained
-
-logger = logging.getLogger(__name__)
 
 LORA = "lora.safetensors"
 """Inside a checkpoint of a LoRA run."""

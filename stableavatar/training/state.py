@@ -1,6 +1,5 @@
 """What a checkpoint holds: the exact state to resume from, and the weights for use."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from stableavatar.models.checkpoint_writing import write_tensors
+from stableavatar.models.checkpoint_writing import write_state_dict
 from stableavatar.models.dit import AvatarTransformer
-from stableavatar.models.strict_loading import export_tensors
+from stableavatar.models.strict_loading import export_tensors, kept_in_float32
 from stableavatar.training.ema import Ema
 from stableavatar.training.processes import has_parts_only
 from stableavatar.training.trainable import trained
-
-logger = logging.getLogger(__name__)
 
 TRAINED = "trained.safetensors"
 TRANSFORMER = "transformer"
@@ -119,13 +116,8 @@ def write_transformer(model: AvatarTransformer, state: dict[str, Tensor], folder
         state: weights by the model's own names.
         dtype: to round to; what the class keeps in float32 stays so.
     """
-    def cast(name: str) -> Tensor:
-        kept = set(model._keep_in_fp32_modules) & set(name.split("."))
-        return state[name].to(torch.float32 if kept else dtype)
-
+    state = {name: tensor.to(torch.float32 if kept_in_float32(model, name, dtype) else dtype) for name, tensor in state.items()}
     model.save_config(folder / TRANSFORMER)
-    layouts = {folder / TRANSFORMER / "diffusion_pytorch_model.safetensors": lambda: ((name, cast(name)) for name in state)}
+    write_state_dict(folder / TRANSFORMER / "diffusion_pytorch_model.safetensors", state)
     if released:
-        layouts[folder / RELEASED] = lambda: export_tensors(model, cast)
-    for path, tensors in layouts.items():
-        write_tensors(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors()}, tensors())
+        write_state_dict(folder / RELEASED, dict(export_tensors(model, state.__getitem__)))

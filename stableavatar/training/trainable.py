@@ -6,6 +6,7 @@ import torch
 from torch.nn import Parameter
 
 from stableavatar.models.dit import AvatarTransformer
+from stableavatar.models.strict_loading import kept_in_float32
 from stableavatar.training.config import OptimizerConfig
 
 ATTENTION = ("self_attn", "cross_attn")
@@ -35,10 +36,9 @@ def trained(model: torch.nn.Module) -> dict[str, Parameter]:
 def to_training_dtype(model: AvatarTransformer, frozen_dtype: torch.dtype) -> None:
     """Weights that train become float32, so that small updates are not rounded away; frozen ones and buffers `frozen_dtype`, but
     for those that the class keeps in float32."""
-    kept = set(model._keep_in_fp32_modules)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point():
-            exact = tensor.requires_grad or kept & set(name.split("."))
+            exact = tensor.requires_grad or kept_in_float32(model, name, frozen_dtype)
             tensor.data = tensor.data.to(torch.float32 if exact else frozen_dtype)
 
 

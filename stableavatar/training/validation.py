@@ -1,6 +1,5 @@
 """Seeing it learn: the loss on held-out clips, and videos with sound of fixed cases."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -23,8 +22,6 @@ from stableavatar.training.learner import Learner
 from stableavatar.training.objective import Objective, without_drops
 from stableavatar.training.processes import has_parts_only, on_main, sum_over_processes
 from stableavatar.training.source import list_clips
-
-logger = logging.getLogger(__name__)
 
 
 def read_validation_cases(config: TrainConfig) -> list[InferenceConfig]:
