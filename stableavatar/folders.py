@@ -35,7 +35,7 @@ def load_folder(cls: type[P], folder: Path, dtypes: dict[str, torch.dtype], with
             that its class does not take.
     """
     check_index(cls, folder, without)
-    with _library_errors(f"the pipeline in {folder}"):
+    with library_errors(f"the pipeline in {folder}"):
         pipe = cls.from_pretrained(folder, dtype=dtypes, local_files_only=True, use_safetensors=True, **dict.fromkeys(without))
     for name, module in pipe.components.items():
         if isinstance(module, nn.Module):
@@ -45,14 +45,14 @@ def load_folder(cls: type[P], folder: Path, dtypes: dict[str, torch.dtype], with
 
 def load_model(cls: type[M], folder: Path, dtype: torch.dtype) -> M:
     """One model saved in `folder` by save_pretrained. Raises ValueError as load_folder does."""
-    with _library_errors(f"the model in {folder}"):
+    with library_errors(f"the model in {folder}"):
         model = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     check_names(model, folder)
     return model
 
 
 @contextmanager
-def _library_errors(what: str) -> Iterator[None]:
+def library_errors(what: str) -> Iterator[None]:
     """A library's complaint while it loads `what`, as one line."""
     try:
         yield

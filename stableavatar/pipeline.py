@@ -24,6 +24,7 @@ from stableavatar.models.kernels import check_backend
 from stableavatar.models.lora import merge_files
 from stableavatar.models.lora_files import parse_loras
 from stableavatar.models.weights import load_released, load_transformer
+from stableavatar.puppet.vae import PuppetVAE
 from stableavatar.sampling.conditioning import Conditioning, reference_channels
 from stableavatar.sampling.denoise import GuidedVelocity, SlidingWindows, denoise_motion_frames, denoise_windows
 from stableavatar.sampling.flow import make_scheduler
@@ -40,7 +41,9 @@ logger = logging.getLogger(__name__)
 UNRELATED_TO_RESULT = {"output", "frames_dir", "cases", "work_dir", "save_every", "reference", "audio"}
 
 
-def _check_widths(transformer: AvatarTransformer, vae: WanVAE, text: UMT5EncoderModel, image: nn.Module, audio: Wav2Vec2Model) -> None:
+def _check_widths(
+    transformer: AvatarTransformer, vae: WanVAE | PuppetVAE, text: UMT5EncoderModel, image: nn.Module, audio: Wav2Vec2Model
+) -> None:
     """Raises ValueError if an encoder's output is not as wide as the transformer expects."""
     pairs = {
         "text encoder": (text, "d_model", "text_dim"),
@@ -84,7 +87,7 @@ class StableAvatarPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: AvatarTransformer,
-        vae: WanVAE,
+        vae: WanVAE | PuppetVAE,
         text_encoder: UMT5EncoderModel,
         tokenizer: PreTrainedTokenizerBase,
         image_encoder: CLIPVisionModelWithProjection,

@@ -20,7 +20,7 @@ class Tile:
     state: list
 
 
-def _regroup(chunks: Iterable[Tensor], first: int, size: int) -> Iterator[Tensor]:
+def regroup(chunks: Iterable[Tensor], first: int, size: int) -> Iterator[Tensor]:
     """Cuts [C, n, H, W] chunks along time into one of `first` frames, then `size` frames each (the last may be short)."""
     held, wanted = None, first
     for chunk in chunks:
@@ -50,7 +50,7 @@ class WanVAE(AutoencoderKLWan):
             the mode of each latent frame, normalised, [16, 1, H / 8, W / 8]
         """
         tiles: list[list[Tile]] = []
-        for group in _regroup(frames, 1, TEMPORAL_STRIDE):
+        for group in regroup(frames, 1, TEMPORAL_STRIDE):
             if tiles and group.shape[1] != TEMPORAL_STRIDE:
                 raise ValueError(f"the VAE encodes 1 + 4k frames; {group.shape[1]} are left over")
             tiles = tiles or self._tiles(group, 1, self._cached_conv_counts["encoder"])
@@ -80,7 +80,7 @@ class WanVAE(AutoencoderKLWan):
             frames [3, 1 or 4, 8h, 8w] in [-1, 1], one frame for the first latent and four for every other
         """
         tiles: list[list[Tile]] = []
-        for latent in _regroup(latents, 1, 1):
+        for latent in regroup(latents, 1, 1):
             first = not tiles
             tiles = tiles or self._tiles(latent, SPATIAL_STRIDE, self._cached_conv_counts["decoder"])
             mean, std = self._statistics(latent.device)

@@ -13,23 +13,21 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import soundfile
-import torch
 from PIL import Image
 
 import inference
-from scripts.make_tiny_model import tiny_pipeline
 from stableavatar.cases import check_apart, memory_advice
 from stableavatar.config import InferenceConfig, override, settings
 from stableavatar.pipeline import StableAvatarPipeline
 from stableavatar.sampling.offload import resolve_device
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["steps=2", "windows.frames=9", "windows.overlap=1", "guidance.name=none"]
+QUICK = ["width=64", "height=64", "steps=2", "windows.frames=9", "windows.overlap=1", "guidance.name=none"]
 
 
 @pytest.fixture
-def model() -> str:
-    return str(ROOT / "examples/puppet")
+def model(tiny_folder) -> str:
+    return str(tiny_folder)
 
 
 @pytest.fixture
@@ -291,12 +289,3 @@ def test_a_mistake_prints_one_line_and_nothing_else(desk):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.startswith("error: ") and len(run.stderr.splitlines()) == 1
-
-
-def test_the_tiny_model_in_the_repository_is_the_one_its_script_makes():
-    made = tiny_pipeline()
-    kept = StableAvatarPipeline.from_pretrained(ROOT / "examples/puppet", local_files_only=True)
-    for name, module in made.components.items():
-        if isinstance(module, torch.nn.Module):
-            shapes = {key: value.shape for key, value in module.state_dict().items()}
-            assert {key: value.shape for key, value in getattr(kept, name).state_dict().items()} == shapes, name

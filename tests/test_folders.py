@@ -9,7 +9,6 @@ import torch
 from stableavatar.folders import load_folder
 from stableavatar.pipeline import StableAvatarPipeline
 
-MODEL = Path(__file__).parents[1] / "examples/puppet"
 DTYPES = {"default": torch.float32}
 
 
@@ -17,8 +16,8 @@ def cut_in_half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_whole_folder_loads():
-    pipe = load_folder(StableAvatarPipeline, MODEL, DTYPES)
+def test_a_whole_folder_loads(tiny_folder):
+    pipe = load_folder(StableAvatarPipeline, tiny_folder, DTYPES)
     assert not any(tensor.is_meta for tensor in pipe.transformer.state_dict().values())
 
 
@@ -45,9 +44,9 @@ def test_a_whole_folder_loads():
         ),
     ],
 )
-def test_a_damaged_or_foreign_folder_is_one_line(tmp_path, file, damage, message):
+def test_a_damaged_or_foreign_folder_is_one_line(tiny_folder, tmp_path, file, damage, message):
     folder = tmp_path / "damaged"
-    shutil.copytree(MODEL, folder)
+    shutil.copytree(tiny_folder, folder)
     damage(folder / file)
     with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
         load_folder(StableAvatarPipeline, folder, DTYPES)

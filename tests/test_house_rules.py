@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stableavatar.config import InferenceConfig, load_config, settings
+from stableavatar.puppet.ablations import AblateConfig
 from stableavatar.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +26,7 @@ PROCESS_EXCEPTIONS = {
     ("stableavatar/models/strict_loading.py", "accelerate"): "builds a model without memory for it, to be filled from disk",
 }
 
-CONFIGS = {"inference": InferenceConfig, "train": TrainConfig}
+CONFIGS = {"inference": InferenceConfig, "train": TrainConfig, "ablations": AblateConfig}
 PROCESS_MODULES = ("torch.distributed", "accelerate", "deepspeed")
 BROAD = {"Exception", "BaseException"}
 NEWER_THAN_3_10 = {("typing", "Self"), ("typing", "Never"), ("typing", "override"), ("typing", "assert_never"), ("typing", "Unpack"),
@@ -157,7 +158,9 @@ def test_a_launcher_names_configurations_that_are_there(path):
     if match := re.search(r'/train\.sh" (\S+) (\S+) "\$@"$', path.read_text().strip()):
         assert (ROOT / f"configs/train/{match[1]}.yaml").is_file() and (ROOT / f"accelerate_config/{match[2]}.yaml").is_file()
     else:
-        assert not path.stem.startswith(("train_", "finetune_")), "it calls no configuration"
+        named = re.findall(r"configs/train/(\w+)\.yaml", path.read_text())
+        assert named or not path.stem.startswith(("train_", "finetune_")), "it calls no configuration"
+        assert all((ROOT / f"configs/train/{name}.yaml").is_file() for name in named)
 
 
 def test_files_are_small_and_name_no_machine():

@@ -463,7 +463,7 @@ def test_a_transformer_that_does_not_fit_is_an_error(tiny_folder, settings, tmp_
 
 def words(*more: str) -> list[str]:
     puppet = Path(inference.__file__).parent / "configs/inference/puppet.yaml"
-    return [str(puppet), "audio=voice.wav", "output=out.mp4", "steps=1", "guidance.name=none", *more]
+    return [str(puppet), "audio=voice.wav", "output=out.mp4", "width=64", "height=64", "steps=1", "guidance.name=none", *more]
 
 
 def test_inference_py_takes_both(tiny_folder, other, lora_file, portrait, tmp_path, monkeypatch):

@@ -191,7 +191,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Raises:
             ValueError: unknown (`kernels.check_backend` tells whether one runs on a device).
         """
-        attend = partial(kernels.attend, backend=kernels.known_backend(backend))
+        attend = partial(kernels.attend, backend=kernels.prepared_backend(backend))
         for module in self.modules():
             if isinstance(module, Attention) and module.head_dim <= MAX_FLASH_HEAD_DIM:
                 module.attend = attend

@@ -31,6 +31,7 @@ class ObjectiveConfig:
     logit_std: float = setting(1.0, "logit_normal: standard deviation", low=0.01)
     mode_scale: float = setting(1.29, "mode: how strongly the middle is favoured", low=-1, high=1.75)
     shift: float = setting(5.0, "shift of the noise schedule, as in sampling", low=0.01, high=100)
+    masks: bool = setting(True, "weigh errors by face and lip masks (equation 11); false for the plain squared error")
     face_share: float = setting(0.1, "share of samples whose loss is that of the face mask alone (equation 11)", low=0, high=1)
     lip_share: float = setting(0.5, "share of samples whose loss is that of the lip mask alone (equation 11)", low=0, high=1)
     null_audio: float = setting(0.1, "share of samples with null audio (zero features): guidance's second term", low=0, high=1)

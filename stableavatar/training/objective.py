@@ -108,7 +108,9 @@ class Objective:
         return shift_sigma(level, config.shift).float()
 
     def mask(self, masks: Tensor, q: float) -> Tensor:
-        """`choose_mask` with the configured shares."""
+        """`choose_mask` with the configured shares; ones without masks."""
+        if not self.config.masks:
+            return torch.ones_like(masks[0])
         return choose_mask(masks, q, self.config.face_share, self.config.lip_share)
 
     def losses(self, velocity: Tensor, target: Tensor, weights: Tensor) -> Losses:

@@ -53,7 +53,7 @@ def load_training_transformer(config: TrainConfig, dtype: torch.dtype | None = N
     if config.scratch:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
-            return _from_scratch(Path(config.scratch), dtype or torch.float32)
+            return from_scratch(Path(config.scratch), dtype or torch.float32)
     if _is_saved_model(path):
         return load_model(AvatarTransformer, path, dtype or torch.float32)
     if not config.model:
@@ -157,7 +157,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _from_scratch(path: Path, dtype: torch.dtype) -> AvatarTransformer:
+def from_scratch(path: Path, dtype: torch.dtype) -> AvatarTransformer:
+    """A transformer of random weights with the settings of a config.json. Raises ValueError if none can be built from them."""
     settings = _read_settings(path)
     known = inspect.signature(AvatarTransformer).parameters
     if unknown := sorted(settings.keys() - known.keys()):

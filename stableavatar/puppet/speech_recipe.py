@@ -1,0 +1,227 @@
+"""Training of the puppet world's speech encoder: a small wav2vec2 that learns phonemes by CTC, and figures of what it hears.
+
+CTC (Graves et al. 2006) with the pause as its blank. CTC alone stays long at "always blank" and spikes once per phoneme; the known
+alignment is a second, frame-wise loss on the same classes, so that each token says what is spoken while it lasts.
+"""
+
+import json
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
+
+from stableavatar.config import Config, setting
+from stableavatar.files import replacing
+from stableavatar.geometry import SAMPLE_RATE
+from stableavatar.puppet.speech_pool import (
+    LONGEST,
+    TRACK_RATE,
+    Batch,
+    Segment,
+    draw_segments,
+    normalise,
+    spoken,
+    token_times,
+    training_batch,
+)  # fmt: skip
+from stableavatar.puppet.visemes import PHONEMES
+
+__all__ = ["SpeechConfig", "SpeechTrainer", "measure", "speech_model", "train_speech"]
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE, FIGURES_FILE = "state.pt", "figures.json"
+NEIGHBOURS = 2
+"""Tokens on both sides that the probe of the mouth sees too."""
+RIDGE = 100.0
+LOG_EVERY = 250
+
+
+@dataclass
+class SpeechConfig(Config):
+    """The settings of `puppet.py speech`."""
+
+    output: str = setting("checkpoints/puppet/speech", "folder of the encoder and of the training's state")
+    steps: int = setting(3000, "training steps", low=1)
+    batch: int = setting(4, "segments of a step, each 1.64 to 3.24 s", low=1)
+    pool: int = setting(3000, "utterances that segments are cut from", low=1)
+    held_out: int = setting(120, "utterances of other voices and words to measure it on; as many of training's fit the probe", low=2)
+    lr: float = setting(2e-3, "largest learning rate", low=0)
+    warmup: int = setting(50, "steps until then", low=1)
+    align_weight: float = setting(0.5, "weight of the frame-wise loss next to CTC", low=0)
+    bfloat16: bool = setting(True, "train in bfloat16 where that is safe")
+    seed: int = setting(0, "seed of everything", low=0, high=2**31 - 1)
+    workers: int = setting(1, "processes that draw utterances", low=1)
+    save_every: float = setting(60.0, "seconds between two saves of the state", low=0)
+
+
+def speech_model(hidden: int = 192, layers: int = 3) -> Wav2Vec2ForCTC:
+    """The encoder with a head of phonemes: strides of the real wav2vec2, layer norms first, no dropout of layers or time."""
+    config = Wav2Vec2Config(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=hidden * 8 // 3,
+        conv_dim=(32, 48, 64, 96, 128, 128, 128), feat_extract_norm="group", do_stable_layer_norm=True,
+        num_conv_pos_embeddings=32, num_conv_pos_embedding_groups=8, vocab_size=len(PHONEMES), pad_token_id=0,
+        hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0, final_dropout=0.0, layerdrop=0.0,
+        mask_time_prob=0.0, ctc_loss_reduction="mean", ctc_zero_infinity=True,
+    )  # fmt: skip
+    return Wav2Vec2ForCTC(config)
+
+
+class SpeechTrainer:
+    """The model, its optimiser and how far they are."""
+
+    def __init__(self, config: SpeechConfig, model: Wav2Vec2ForCTC | None = None) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.step = config, 0
+        self.model = (model or speech_model()).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=0.01, foreach=True)
+
+    def advance(self, pool: list[Segment]) -> tuple[float, float]:
+        """One step; CTC's loss per phoneme and the frame-wise one. The step's number decides all that is random in it."""
+        config = self.config
+        rng = np.random.default_rng([config.seed, self.step])
+        torch.manual_seed(int(rng.integers(2**31)))
+        for group in self.optimizer.param_groups:
+            rise, fall = (self.step + 1) / config.warmup, (1 + math.cos(math.pi * self.step / config.steps)) / 2
+            group["lr"] = config.lr * min(1.0, rise) * fall
+        ctc, aligned = self.losses(training_batch(pool, config.batch, rng))
+        self.optimizer.zero_grad()
+        (ctc + config.align_weight * aligned).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return ctc.item(), aligned.item()
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """CTC's and the frame-wise loss of a batch."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
+            result = self.model(batch.waveforms, labels=batch.labels)
+        return result.loss, functional.cross_entropy(result.logits.float().transpose(1, 2), batch.classes)
+
+    def save(self, path: Path) -> None:
+        """Writes the state, whole or not at all."""
+        state = {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        with replacing(path) as part:
+            torch.save(state | {"config": asdict(self.config)}, part)
+
+    def load(self, path: Path) -> None:
+        """Goes on from there. Raises ValueError if that was another training."""
+        state = torch.load(path, weights_only=True)
+        for name in ("steps", "batch", "pool", "lr", "warmup", "align_weight", "bfloat16", "seed"):
+            if state["config"][name] != getattr(self.config, name):
+                raise ValueError(f"{path} is of a training with {name}={state['config'][name]}; remove it, or go on with that")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+
+def train_speech(config: SpeechConfig) -> None:
+    """Trains, and writes the encoder (Wav2Vec2Model), its processor and its figures into `config.output`.
+
+    Raises:
+        ValueError: the state file there is of another training.
+        OSError: the folder cannot be written.
+    """
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    trainer, state = SpeechTrainer(config), output / STATE_FILE
+    if state.exists():
+        trainer.load(state)
+        logger.info("goes on from step %d", trainer.step)
+    if trainer.step < config.steps:
+        _train(trainer, draw_segments(config.pool, config.seed, workers=config.workers), state)
+    figures = measure(trainer.model, config.held_out, config.seed)
+    trainer.model.wav2vec2.save_pretrained(output)
+    Wav2Vec2FeatureExtractor(sampling_rate=SAMPLE_RATE, do_normalize=True).save_pretrained(output)
+    with replacing(output / FIGURES_FILE) as part:
+        part.write_text(json.dumps(figures | {"steps": trainer.step}, indent=2) + "\n", encoding="utf-8")
+    logger.info("phoneme error rate %(phoneme_error_rate).3f, R2 of aperture %(r2_aperture).3f, of width %(r2_width).3f", figures)
+
+
+def _train(trainer: SpeechTrainer, pool: list[Segment], state: Path) -> None:
+    config, saved, losses = trainer.config, time.monotonic(), []
+    for _ in tqdm(range(trainer.step, config.steps), "steps", config.steps, initial=trainer.step, mininterval=5):
+        losses.append(trainer.advance(pool))
+        if trainer.step % LOG_EVERY == 0:
+            logger.info("step %d: CTC %.3f, frame-wise %.3f", trainer.step, *np.mean(losses, axis=0))
+            losses.clear()
+        if time.monotonic() - saved > config.save_every:
+            trainer.save(state)
+            saved = time.monotonic()
+    trainer.save(state)
+
+
+def measure(model: Wav2Vec2ForCTC, count: int, seed: int) -> dict[str, float]:
+    """What the encoder hears in held-out voices.
+
+    A ridge regression from a token's feature and its neighbours' to the mouth is fitted on as many utterances of training's voices.
+
+    Returns:
+        phoneme_error_rate (edit distance per phoneme of the greedy decoding), r2_aperture and r2_width.
+    """
+    fitted = draw_segments(count, seed + 1, LONGEST)
+    tested = draw_segments(count, seed, LONGEST, held_out=True)
+    features, mouths, _ = _listen(model, fitted)
+    weights = _ridge(np.concatenate(features), np.concatenate(mouths))
+    features, mouths, heard = _listen(model, tested)
+    score = _explained(_with_one(np.concatenate(features)) @ weights, np.concatenate(mouths))
+    said = [spoken(segment.phonemes, LONGEST) for segment in tested]
+    errors = sum(edit_distance(one, other) for one, other in zip(heard, said)) / sum(map(len, said))
+    return {"phoneme_error_rate": errors, "r2_aperture": float(score[0]), "r2_width": float(score[1])}
+
+
+@torch.no_grad()
+def _listen(model: Wav2Vec2ForCTC, segments: list[Segment]) -> tuple[list[np.ndarray], list[np.ndarray], list[list[int]]]:
+    """Per segment: features with neighbours [tokens, 5 dim], mouth at the tokens' times [tokens, 2], phonemes heard."""
+    model.eval()
+    features, mouths, heard = [], [], []
+    for segment in segments:
+        hidden = model.wav2vec2(torch.from_numpy(normalise(segment.waveform))[None]).last_hidden_state
+        features.append(_with_neighbours(hidden[0].numpy()))
+        grid = np.arange(len(segment.mouth)) / TRACK_RATE
+        mouths.append(np.stack([np.interp(token_times(len(features[-1])), grid, track) for track in segment.mouth.T], axis=1))
+        heard.append(greedy(model.lm_head(hidden)[0]))
+    return features, mouths, heard
+
+
+def greedy(logits: Tensor) -> list[int]:
+    """Best path of CTC [tokens, classes]: repeats joined, blanks dropped."""
+    return [index for index in torch.unique_consecutive(logits.argmax(1)).tolist() if index]
+
+
+def edit_distance(one: list[int], other: list[int]) -> int:
+    """Insertions, deletions and substitutions between two sequences (Levenshtein)."""
+    row = list(range(len(other) + 1))
+    for count, left in enumerate(one, 1):
+        previous, row = row, [count]
+        for index, right in enumerate(other):
+            row.append(min(previous[index] + (left != right), previous[index + 1] + 1, row[index] + 1))
+    return row[-1]
+
+
+def _with_neighbours(features: np.ndarray) -> np.ndarray:
+    padded = np.pad(features, ((NEIGHBOURS, NEIGHBOURS), (0, 0)), mode="edge")
+    return np.concatenate([padded[shift : shift + len(features)] for shift in range(2 * NEIGHBOURS + 1)], axis=1)
+
+
+def _with_one(features: np.ndarray) -> np.ndarray:
+    return np.pad(features, ((0, 0), (0, 1)), constant_values=1.0).astype(np.float64)
+
+
+def _ridge(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Weights [dim + 1, targets]; the last row is the constant."""
+    inputs = _with_one(features)
+    return np.linalg.solve(inputs.T @ inputs + RIDGE * np.eye(inputs.shape[1]), inputs.T @ targets)
+
+
+def _explained(predicted: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """R2 of each column."""
+    return 1 - ((predicted - targets) ** 2).mean(0) / targets.var(0)

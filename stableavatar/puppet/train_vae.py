@@ -1,0 +1,298 @@
+"""Training of the small VAE on clips held in memory; it can be stopped and goes on from its state file."""
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from stableavatar.config import Config, setting
+from stableavatar.data.clips import IMAGES, MASKS, frame_file, read_lists
+from stableavatar.files import replacing
+from stableavatar.folders import load_model
+from stableavatar.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE, frames_to_latents
+from stableavatar.puppet.vae import PuppetVAE, blocks
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "state.pt"
+VALIDATION_FRAMES = 17
+"""Frames of a held-out clip that are measured."""
+STATISTICS_CLIPS = 40
+"""Clips whose latents are measured for their mean and standard deviation."""
+COMPONENT_BATCHES = 100
+"""Batches whose blocks of pixels the principal components are of."""
+CHARBONNIER = 1e-3
+"""Where the Charbonnier loss turns from squared to absolute error, of pixels in [-1, 1]."""
+
+
+@dataclass
+class VAEConfig(Config):
+    """The settings of `puppet.py vae`."""
+
+    lists: str = setting("", "text files with one clip folder per line (images/, lip_masks/), separated by commas")
+    output: str = setting("runs/puppet/vae", "folder to write; the state of the training is in it too")
+    start: str = setting("", "folder of a VAE to begin with; a new one if empty")
+    decoder_only: bool = setting(False, "leave the encoder as it is, so that latents in use stay valid")
+    held_out: int = setting(16, "clips spread over the lists that it does not see, to measure with", low=1)
+    steps: int = setting(14_000, "the learning rate is down at zero after so many", low=1)
+    minutes: float = setting(0.0, "or after so many minutes, if that is sooner; 0 for no such limit", low=0)
+    batch: int = setting(4, "clips of a step", low=1)
+    frames: int = setting(9, "frames of each, 1 + 4k", low=1 + TEMPORAL_STRIDE)
+    crop: int = setting(64, "their height and width in pixels, a multiple of 8", low=8)
+    lr: float = setting(1.5e-3, "largest learning rate", low=0)
+    warmup: int = setting(100, "steps until it is reached", low=1)
+    decay: float = setting(0.995, "of the moving average of the weights, which is what is kept", low=0, high=1)
+    lip_weight: float = setting(10.0, "how much more an error within the lip mask counts", low=0)
+    lip_crops: float = setting(0.7, "part of the crops that are around the mouth", low=0, high=1)
+    edge_weight: float = setting(1.0, "of the loss of differences between neighbouring pixels, in time too", low=0)
+    kl_weight: float = setting(1e-6, "of the divergence of latents from normal ones", low=0)
+    jitter: float = setting(0.05, "noise on the decoder's latents, in their standard deviations", low=0)
+    bfloat16: bool = setting(True, "compute in bfloat16 where that is safe")
+    seed: int = setting(0, "seed of everything", low=0, high=2**31 - 1)
+    save_every: float = setting(60.0, "seconds between saved states", low=0)
+    validate_every: int = setting(200, "steps between measurements", low=1)
+
+    def check(self) -> None:
+        if self.frames % TEMPORAL_STRIDE != 1 or self.crop % SPATIAL_STRIDE:
+            raise ValueError(f"frames must be 1 + 4k and crop a multiple of 8, got {self.frames} and {self.crop}")
+
+
+class ClipStore:
+    """Clips in memory: pixels uint8 [T, H, W, 3] and lip masks uint8 [T, H, W], 0 or 255, of each."""
+
+    def __init__(self, pixels: Sequence[np.ndarray], lips: Sequence[np.ndarray]) -> None:
+        if not pixels or len(pixels) != len(lips):
+            raise ValueError(f"got {len(pixels)} clips and {len(lips)} lip masks; expected as many, at least one")
+        for number, (shown, masks) in enumerate(zip(pixels, lips)):
+            if shown.shape[:3] != masks.shape:
+                raise ValueError(f"clip {number} has pictures of {shown.shape[:3]} and masks of {masks.shape} (T, H, W); expected the same")
+        self.pixels, self.lips = list(pixels), list(lips)
+
+    @classmethod
+    def read(cls, lists: str) -> "ClipStore":
+        """The clip folders of path lists (`images/`, `lip_masks/`). Raises ValueError, OSError if they cannot be read."""
+        folders = read_lists(lists)
+        with ThreadPoolExecutor(2) as pool:
+            pixels = list(pool.map(lambda folder: _read_frames(folder / IMAGES, "RGB"), folders))
+            lips = list(pool.map(lambda folder: _read_frames(folder / MASKS[1], "L"), folders))
+        return cls(pixels, lips)
+
+    def only(self, numbers: Iterable[int]) -> "ClipStore":
+        """Some of the clips."""
+        numbers = list(numbers)
+        return ClipStore([self.pixels[i] for i in numbers], [self.lips[i] for i in numbers])
+
+    def batch(self, rng: np.random.Generator, config: VAEConfig) -> tuple[Tensor, Tensor]:
+        """Random crops of random runs: pixels [B, T, crop, crop, 3] in [-1, 1], lip masks [B, T, crop, crop, 1] in [0, 1]."""
+        crops = [self._crop(rng, config) for _ in range(config.batch)]
+        pixels, lips = (torch.from_numpy(np.stack(parts)).float() for parts in zip(*crops))
+        return pixels / 127.5 - 1, lips[..., None] / 255
+
+    def _crop(self, rng: np.random.Generator, config: VAEConfig) -> tuple[np.ndarray, np.ndarray]:
+        clip = rng.integers(len(self.pixels))
+        pixels, lips = self.pixels[clip], self.lips[clip]
+        free = np.array(lips.shape[1:]) - config.crop
+        if (free < 0).any() or len(pixels) < config.frames:
+            raise ValueError(f"clip of {pixels.shape[:3]} (T, H, W) is smaller than {config.frames} crops of {config.crop}")
+        start = rng.integers(len(pixels) - config.frames + 1)
+        corner = rng.integers(free + 1)
+        mouth = np.argwhere(lips[start])
+        if rng.random() < config.lip_crops and len(mouth):
+            corner = np.clip(mouth.mean(0).astype(int) - rng.integers(config.crop // 4, config.crop * 3 // 4, 2), 0, free)
+        window = (slice(start, start + config.frames), *(slice(i, i + config.crop) for i in corner))
+        return pixels[window], lips[window]
+
+
+def _read_frames(folder: Path, mode: str) -> np.ndarray:
+    """All frame_i.png of a folder from 0 on, uint8 [T, H, W(, 3)]."""
+    count = len(list(folder.glob("frame_*.png")))
+    if not count:
+        raise ValueError(f"{folder} holds no frame_0.png")
+    return np.stack([np.asarray(Image.open(frame_file(folder, i)).convert(mode)) for i in range(count)])
+
+
+def reconstruction_loss(result: Tensor, pixels: Tensor, lips: Tensor, config: VAEConfig) -> Tensor:
+    """Charbonnier loss of pixels and of their differences to neighbours in time and space, lips weighted more; all [B, T, H, W, .]."""
+    error, weight = result - pixels, 1 + config.lip_weight * lips
+    loss = (weight * (error**2 + CHARBONNIER**2).sqrt()).mean()
+    for dim in (1, 2, 3):
+        loss = loss + config.edge_weight / 2 * (weight.narrow(dim, 1, weight.shape[dim] - 1) * error.diff(dim=dim).abs()).mean()
+    return loss
+
+
+def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Of the latents from the standard normal distribution, per number."""
+    return (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
+
+
+class VAETrainer:
+    """The model, its optimiser, the average of its weights and how far they are."""
+
+    def __init__(self, vae: PuppetVAE, config: VAEConfig) -> None:
+        self.vae, self.config, self.step, self.seconds = vae.train(), config, 0, 0.0
+        vae.encoder.requires_grad_(not config.decoder_only)
+        self.optimizer = torch.optim.AdamW(vae.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=1e-3, foreach=True)
+        self.average = EMAModel(vae.parameters(), decay=config.decay)
+
+    @property
+    def progress(self) -> float:
+        """0 at the start, 1 at the end."""
+        spent = self.seconds / 60 / self.config.minutes if self.config.minutes else 0.0
+        return min(1.0, max(spent, self.step / self.config.steps))
+
+    def advance(self, clips: ClipStore) -> float:
+        """One step; the loss."""
+        began, config = time.monotonic(), self.config
+        rng = np.random.default_rng([config.seed, self.step])
+        pixels, lips = clips.batch(rng, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * min(1, (self.step + 1) / config.warmup) * (1 + math.cos(math.pi * self.progress)) / 2
+        loss = self._loss(pixels, lips, rng)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.step(self.vae.parameters())
+        self.step += 1
+        self.seconds += time.monotonic() - began
+        return loss.item()
+
+    def _loss(self, pixels: Tensor, lips: Tensor, rng: np.random.Generator) -> Tensor:
+        config, (batch, frames, height, width, _) = self.config, pixels.shape
+        shape = (batch, frames_to_latents(frames), height // SPATIAL_STRIDE, width // SPATIAL_STRIDE, self.vae.config.z_dim)
+        noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+            result, mean, log_variance = self.vae(pixels, noise, config.jitter)
+        loss = reconstruction_loss(result.float(), pixels, lips, config)
+        return loss + config.kl_weight * divergence(mean, log_variance)
+
+    def save(self, path: Path) -> None:
+        """Writes the state, whole or not at all."""
+        state = {"step": self.step, "seconds": self.seconds, "vae": self.vae.state_dict(), "average": self.average.state_dict()}
+        with replacing(path) as part:
+            torch.save(state | {"optimizer": self.optimizer.state_dict(), "settings": asdict(self.config)}, part)
+
+    def load(self, path: Path) -> None:
+        """Goes on from there. Raises ValueError if that was another training."""
+        state = torch.load(path, weights_only=True)
+        free = {"lists", "output", "start", "held_out", "steps", "minutes", "save_every", "validate_every"}
+        for name in {field.name for field in fields(self.config)} - free:
+            if state["settings"][name] != getattr(self.config, name):
+                raise ValueError(f"{path} is of a training with {name}={state['settings'][name]}; remove it, or go on with that")
+        self.vae.load_state_dict(state["vae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+def train_vae(config: VAEConfig) -> None:
+    """Trains the small video VAE and writes it into `config.output`, with the statistics of its latents.
+
+    Raises:
+        ValueError, OSError: clips or `config.start` cannot be read, the output cannot be written.
+    """
+    clips = ClipStore.read(config.lists)
+    if len(clips.pixels) <= config.held_out:
+        raise ValueError(f"held_out={config.held_out} leaves none of {len(clips.pixels)} clips to train with")
+    unseen = set(np.linspace(0, len(clips.pixels) - 1, config.held_out).astype(int).tolist())
+    parts = (clips.only(i for i in range(len(clips.pixels)) if (i in unseen) == held_out) for held_out in (False, True))
+    start = load_model(PuppetVAE, Path(config.start), torch.float32) if config.start else None
+    train_on(*parts, config, start)
+
+
+def train_on(clips: ClipStore, held_out: ClipStore, config: VAEConfig, start: PuppetVAE | None = None) -> PuppetVAE:
+    """Trains until the end, from a saved state if there is one, and writes the model (save_pretrained).
+
+    Args:
+        held_out: clips that it does not see; their PSNR is logged.
+        start: what it begins with; None for a new one of the default widths.
+    """
+    torch.manual_seed(config.seed)
+    trainer = VAETrainer(start or _new_vae(clips, config), config)
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    if (output / STATE_FILE).exists():
+        trainer.load(output / STATE_FILE)
+        logger.info("goes on from step %d", trainer.step)
+    saved = time.monotonic()
+    while trainer.progress < 1:
+        loss = trainer.advance(clips)
+        if trainer.step % config.validate_every == 0:
+            _validate(trainer, held_out, loss)
+        if time.monotonic() - saved > config.save_every:
+            trainer.save(output / STATE_FILE)
+            saved = time.monotonic()
+    trainer.save(output / STATE_FILE)
+    trainer.average.copy_to(trainer.vae.parameters())
+    vae = trainer.vae.eval()
+    if not config.decoder_only:
+        vae.set_statistics(*latent_statistics(vae, clips))
+    vae.register_to_config(bfloat16=config.bfloat16)
+    vae.save_pretrained(output)
+    logger.info("PSNR %.2f dB, of the mouth %.2f dB", *psnr(vae, held_out))
+    return vae
+
+
+def _new_vae(clips: ClipStore, config: VAEConfig) -> PuppetVAE:
+    vae = PuppetVAE()
+    vae.set_components(*principal_components(clips, config, vae.config.z_dim))
+    return vae
+
+
+def _validate(trainer: VAETrainer, held_out: ClipStore, loss: float) -> None:
+    parameters = list(trainer.vae.parameters())
+    trainer.average.store(parameters)
+    trainer.average.copy_to(parameters)
+    whole, mouth = psnr(trainer.vae, held_out)
+    trainer.average.restore(parameters)
+    logger.info("step %d, %.1f min: loss %.4f, PSNR %.2f dB, of the mouth %.2f dB", trainer.step, trainer.seconds / 60, loss, whole, mouth)
+
+
+def _start(pixels: np.ndarray, frames: int) -> Tensor:
+    """The first frames of a clip [1, n, H, W, 3] in [-1, 1], n = 1 + 4k."""
+    count = (min(len(pixels), frames) - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
+    return torch.from_numpy(pixels[:count]).float()[None] / 127.5 - 1
+
+
+@torch.no_grad()
+def psnr(vae: PuppetVAE, clips: ClipStore) -> tuple[float, float]:
+    """Mean PSNR in dB of reconstructed clips, and that of the pixels within the lip masks."""
+    whole, mouth = [], []
+    for pixels, lips in zip(clips.pixels, clips.lips):
+        frames = _start(pixels, VALIDATION_FRAMES)
+        squared = functional.mse_loss(vae(frames)[0].clamp(-1, 1), frames, reduction="none")[0] / 4
+        inside = squared[torch.from_numpy(lips[: frames.shape[1]]) > 127]
+        whole.append(-10 * math.log10(squared.mean()))
+        mouth.append(-10 * math.log10(inside.mean()) if len(inside) else math.nan)
+    return float(np.mean(whole)), float(np.nanmean(mouth))
+
+
+def principal_components(clips: ClipStore, config: VAEConfig, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [768], first `count` components [count, 768] and deviations along them [count] of blocks of pixels, lips weighted more."""
+    rng, found, weights = np.random.default_rng([config.seed, 0]), [], []
+    for _ in range(COMPONENT_BATCHES):
+        pixels, lips = clips.batch(rng, config)
+        found.append(blocks(pixels[:, 1:]).flatten(0, 3).double())
+        weights.append(1 + config.lip_weight * blocks(lips[:, 1:].expand(-1, -1, -1, -1, 3)).flatten(0, 3).mean(1).double())
+    pixels, weight = torch.cat(found), torch.cat(weights)[:, None]
+    mean = (weight * pixels).sum(0) / weight.sum()
+    variances, vectors = torch.linalg.eigh((weight * (pixels - mean)).T @ (pixels - mean) / weight.sum())
+    return mean.float(), vectors.T[-count:].flip(0).float(), variances[-count:].flip(0).sqrt().float()
+
+
+@torch.no_grad()
+def latent_statistics(vae: PuppetVAE, clips: ClipStore) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over the first clips."""
+    found = [vae(_start(pixels, VALIDATION_FRAMES))[1].reshape(-1, vae.config.z_dim) for pixels in clips.pixels[:STATISTICS_CLIPS]]
+    latents = torch.cat(found)
+    return latents.mean(0).tolist(), latents.std(0).tolist()
