@@ -41,8 +41,8 @@ JITTER, FINE_JITTER = 0.08, 0.03
 """The readers learn at places that are off by up to about this much, in distances of mouth and eyes; the latter in close-ups."""
 CLOSE_UP = 1.6
 """Half the side of a close-up, in these distances."""
-VAE_CLIPS, VAE_FRAMES = 30, 13
-"""Clips of each size that go through the VAE, and their length."""
+VAE_CLIPS, VAE_FRAMES, VAE_SHARE = 30, 13, 0.25
+"""Clips of each size that go through the VAE, their length, and their share of the close-ups."""
 BATCH, WARMUP = 64, 100
 
 
@@ -239,7 +239,8 @@ class ObserverTrainer:
     def _mouth_step(self, rng: np.random.Generator, pools: list[Frames]) -> dict[str, float]:
         cuts, values, generator = [], [], torch.Generator().manual_seed(self.step)
         for _ in range(BATCH):
-            pool = pools[rng.integers(len(pools))]
+            drawn, decoded = pools[: len(SHAPES)], pools[len(SHAPES) :]
+            pool = (decoded if decoded and rng.random() < VAE_SHARE else drawn)[rng.integers(len(SHAPES))]
             chosen = rng.integers(len(pool.pixels))
             pixels, points = worsen(rng, *close_up(pool.pixels[chosen], pool.points[chosen]))
             places = jittered(torch.from_numpy(points)[None], FINE_JITTER, generator)
