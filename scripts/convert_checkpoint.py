@@ -4,6 +4,7 @@
     python scripts/convert_checkpoint.py to-released FOLDER CHECKPOINTS [...]
 
 CHECKPOINTS is laid out as published: the three options are paths in it. `--only transformer vae` converts those parts alone.
+The puppet world's VAE has no released form: its folder is copied as it is, into that of the base model as puppet_vae, and back.
 Tensors are copied one by one from file to file, so that memory stays small at any size.
 """
 
@@ -31,6 +32,7 @@ from stableavatar.models.dit import AvatarTransformer  # noqa: E402
 from stableavatar.models.key_maps import CLIP_PREFIX, released_sources  # noqa: E402
 from stableavatar.models.strict_loading import by_released, check_shapes, empty_model, export_tensors, released_shapes  # noqa: E402
 from stableavatar.pipeline import StableAvatarPipeline  # noqa: E402
+from stableavatar.puppet.vae import PuppetVAE  # noqa: E402
 from stableavatar.vae import WanVAE  # noqa: E402
 
 SMALL_PARTS = ("tokenizer", "audio_encoder", "audio_processor")
@@ -54,12 +56,14 @@ class Part:
     Attributes:
         file: released file; prefix: of its tensors' names.
         from_released: model without memory from the released file; from_folder: from the component's config.json.
+        copied: `file` is a folder that is copied as it is.
     """
 
     file: Path
     from_released: Callable[[Checkpoint], nn.Module]
     from_folder: Callable[[Path], nn.Module]
     prefix: str = ""
+    copied: bool = False
 
 
 def parts(args: argparse.Namespace) -> dict[str, Part]:
@@ -78,13 +82,29 @@ def parts(args: argparse.Namespace) -> dict[str, Part]:
     def image_encoder(folder: Path) -> CLIPVisionModelWithProjection:
         return CLIPVisionModelWithProjection(CLIPVisionConfig.from_pretrained(folder))
 
+    own, own_vae = base / "puppet_vae", diffusers_model(PuppetVAE)
+    vae = Part(base / weights.VAE_FILE, weights.empty_vae, diffusers_model(WanVAE))
+    if is_puppet_vae(args.folder / "vae" if args.direction == "to-released" else own):
+        vae = Part(own, lambda file: empty_model(lambda: own_vae(file.path)), own_vae, copied=True)
     every = {
         "transformer": Part(args.checkpoints / args.transformer, transformer, diffusers_model(AvatarTransformer)),
-        "vae": Part(base / weights.VAE_FILE, weights.empty_vae, diffusers_model(WanVAE)),
+        "vae": vae,
         "text_encoder": Part(base / weights.TEXT_ENCODER_FILE, weights.empty_text_encoder, text_encoder),
         "image_encoder": Part(base / weights.IMAGE_ENCODER_FILE, weights.empty_image_encoder, image_encoder, CLIP_PREFIX),
     }
     return {name: part for name, part in every.items() if name in (args.only or every)}
+
+
+def is_puppet_vae(folder: Path) -> bool:
+    """Whether a folder holds the puppet world's VAE."""
+    config = folder / "config.json"
+    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("_class_name") == PuppetVAE.__name__
+
+
+def copy_part(part: Part, source: Path, target: Path) -> nn.Module:
+    """Copies the folder of a component; gives its model, without memory."""
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    return empty_model(lambda: part.from_folder(target))
 
 
 def to_diffusers(args: argparse.Namespace) -> None:
@@ -103,6 +123,8 @@ def to_diffusers(args: argparse.Namespace) -> None:
 
 def part_to_diffusers(part: Part, folder: Path) -> nn.Module:
     """Writes config.json and weights of one component; gives its model, without memory."""
+    if part.copied:
+        return copy_part(part, part.file, folder)
     file = Checkpoint(part.file, part.prefix)
     model = part.from_released(file)
     check_shapes(file.path, file.shapes, released_shapes(model))
@@ -142,6 +164,8 @@ def to_released(args: argparse.Namespace) -> None:
 
 def part_to_released(part: Part, folder: Path) -> nn.Module:
     """Writes the released file of one component; gives its model, without memory."""
+    if part.copied:
+        return copy_part(part, folder, part.file)
     file = Checkpoint(folder)
     try:
         model = empty_model(lambda: part.from_folder(folder))

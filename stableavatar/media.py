@@ -15,7 +15,7 @@ from stableavatar import ffmpeg
 from stableavatar.geometry import FPS, SAMPLE_RATE
 from stableavatar.video_writer import VideoWriter, write_sidecar
 
-__all__ = ["AudioTrack", "Fit", "VideoWriter", "crop_image", "fit_image", "read_image", "write_sidecar"]
+__all__ = ["AudioTrack", "Fit", "VideoWriter", "crop_image", "fit_image", "from_pixels", "read_image", "to_pixels", "write_sidecar"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,17 @@ def fit_image(image: Image.Image, width: int, height: int, fit: Fit = "crop") ->
     if image.width < width or image.height < height:
         logger.info("the image of %dx%d is smaller than %dx%d: details will be soft", *image.size, width, height)
     placed = {"crop": crop_image, "pad": _pad, "stretch": _stretch}[fit](image, width, height)
-    pixels = torch.from_numpy(np.array(placed, dtype=np.float32))
-    return (pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
+    return from_pixels(torch.from_numpy(np.array(placed))).permute(2, 0, 1).contiguous()
+
+
+def from_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 of any shape -> float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_pixels(values: torch.Tensor) -> torch.Tensor:
+    """Values in [-1, 1] of any shape -> uint8, rounded."""
+    return ((values + 1) * 127.5).round().to(torch.uint8)
 
 
 def _stretch(image: Image.Image, width: int, height: int) -> Image.Image:

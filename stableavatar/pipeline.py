@@ -18,13 +18,13 @@ from stableavatar import __version__, geometry
 from stableavatar.config import RELEASED_TRANSFORMER, InferenceConfig, validate
 from stableavatar.encoders import encode_audio, encode_image, encode_text
 from stableavatar.folders import load_folder, load_model
-from stableavatar.media import AudioTrack, fit_image, read_image
+from stableavatar.media import AudioTrack, fit_image, read_image, to_pixels
 from stableavatar.models.dit import AvatarTransformer
 from stableavatar.models.kernels import check_backend
 from stableavatar.models.lora import merge_files
 from stableavatar.models.lora_files import parse_loras
 from stableavatar.models.weights import load_released, load_transformer
-from stableavatar.puppet.vae import PuppetVAE
+from stableavatar.puppet.vae import VideoVAE
 from stableavatar.sampling.conditioning import Conditioning, reference_channels
 from stableavatar.sampling.denoise import GuidedVelocity, SlidingWindows, denoise_motion_frames, denoise_windows
 from stableavatar.sampling.flow import make_scheduler
@@ -33,7 +33,6 @@ from stableavatar.sampling.offload import mode_for, place, resolve_device, resol
 from stableavatar.sampling.resume import NO_RUN_STORE, NoRunStore, RunStore
 from stableavatar.sampling.step_cache import StepCache
 from stableavatar.sampling.windows import Window, WindowPlan
-from stableavatar.vae import WanVAE
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ UNRELATED_TO_RESULT = {"output", "frames_dir", "cases", "work_dir", "save_every"
 
 
 def _check_widths(
-    transformer: AvatarTransformer, vae: WanVAE | PuppetVAE, text: UMT5EncoderModel, image: nn.Module, audio: Wav2Vec2Model
+    transformer: AvatarTransformer, vae: VideoVAE, text: UMT5EncoderModel, image: nn.Module, audio: Wav2Vec2Model
 ) -> None:
     """Raises ValueError if an encoder's output is not as wide as the transformer expects."""
     pairs = {
@@ -78,7 +77,7 @@ class StableAvatarPipeline(DiffusionPipeline):
     """A portrait and a voice become a talking video.
 
     Args:
-        transformer: the diffusion transformer; vae: the streaming Wan VAE.
+        transformer: the diffusion transformer; vae: a streaming VAE, Wan's or the puppet world's.
         text_encoder, tokenizer: UMT5; image_encoder: CLIP ViT-H/14; audio_encoder, audio_processor: wav2vec2.
     """
 
@@ -87,7 +86,7 @@ class StableAvatarPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: AvatarTransformer,
-        vae: WanVAE | PuppetVAE,
+        vae: VideoVAE,
         text_encoder: UMT5EncoderModel,
         tokenizer: PreTrainedTokenizerBase,
         image_encoder: CLIPVisionModelWithProjection,
@@ -281,7 +280,7 @@ class StableAvatarPipeline(DiffusionPipeline):
         """Pixels of a stream of latents, cut after `frames`."""
         left = frames
         for chunk in self.vae.decode_stream(self._finite(part).to(self._execution_device) for part in latents):
-            chunk = ((chunk[:, :left] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
+            chunk = to_pixels(chunk[:, :left]).permute(1, 2, 3, 0).cpu()
             left -= len(chunk)
             if len(chunk):
                 yield chunk

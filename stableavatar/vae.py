@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKLWan, ModelMixin  # noqa: F401 (loading a pipeline looks for ModelMixin beside the class)
+from diffusers import AutoencoderKLWan, ModelMixin  # loading a pipeline looks for ModelMixin beside the class
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
@@ -32,6 +32,11 @@ def regroup(chunks: Iterable[Tensor], first: int, size: int) -> Iterator[Tensor]
         yield held
 
 
+def normalisation(vae: ModelMixin, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [16, 1, 1, 1] in float32 that a VAE's latents are normalised by, from its config."""
+    return tuple(torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=device).view(2, -1, 1, 1, 1))
+
+
 class WanVAE(AutoencoderKLWan):
     """`AutoencoderKLWan` in normalised latents, streamed, with optional spatial tiles (`enable_tiling`).
 
@@ -55,7 +60,7 @@ class WanVAE(AutoencoderKLWan):
                 raise ValueError(f"the VAE encodes 1 + 4k frames; {group.shape[1]} are left over")
             tiles = tiles or self._tiles(group, 1, self._cached_conv_counts["encoder"])
             moments = self._blend([[self._encode_tile(group, tile) for tile in row] for row in tiles], SPATIAL_STRIDE)
-            mean, std = self._statistics(group.device)
+            mean, std = normalisation(self, group.device)
             yield (moments.chunk(2, dim=1)[0][0] - mean) / std
 
     def encode_reference(self, frames: Tensor, latents: int) -> Tensor:
@@ -83,15 +88,10 @@ class WanVAE(AutoencoderKLWan):
         for latent in regroup(latents, 1, 1):
             first = not tiles
             tiles = tiles or self._tiles(latent, SPATIAL_STRIDE, self._cached_conv_counts["decoder"])
-            mean, std = self._statistics(latent.device)
+            mean, std = normalisation(self, latent.device)
             latent = (latent.float() * std + mean).to(self.dtype)
             decoded = [[self._decode_tile(latent, tile, first) for tile in row] for row in tiles]
             yield self._blend(decoded, 1)[0].clamp(-1, 1)
-
-    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [16, 1, 1, 1] in float32."""
-        values = torch.tensor([self.config.latents_mean, self.config.latents_std], device=device)
-        return tuple(values.view(2, -1, 1, 1, 1))
 
     def _encode_tile(self, frames: Tensor, tile: Tile) -> Tensor:
         part = frames[None, :, :, tile.rows, tile.columns].to(self.dtype)

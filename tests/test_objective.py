@@ -75,6 +75,8 @@ def test_equation_11_by_hand(q, weights, loss):
     losses = losses_of_error(torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(1, 1, 1, 2, 2), chosen.unsqueeze(0))
     assert losses.per_sample.item() == losses.parts["masked"].item() == loss
     assert losses.parts["velocity"].item() == 30 / 4
+    heavier = [[1 + 1, 1 + 1 + 25], [1, 1]] if q < 0.4 else weights
+    assert Objective(ObjectiveConfig(lip_weight=25), 0).mask(masks, q).tolist() == [heavier]
     assert Objective(ObjectiveConfig(masks=False), 0).mask(masks, q).tolist() == [[[1, 1], [1, 1]]], "off: the plain squared error"
 
 

@@ -1,13 +1,15 @@
 """The figures of evaluation: ideal for the truth, and each worse for what it is to catch."""
 
 import json
+import os
 
 import cv2
 import numpy as np
 import pytest
 
+from stableavatar.config import InferenceConfig
 from stableavatar.puppet import metrics
-from stableavatar.puppet.evaluation import EvaluateConfig, Truth, background_mask, evaluate, interval, measure
+from stableavatar.puppet.evaluation import EvaluateConfig, Truth, background_mask, evaluate, interval, measure, weights
 from stableavatar.puppet.observer import observe
 from stableavatar.puppet.world import draw_scene
 from stableavatar.sampling.windows import WindowPlan
@@ -129,6 +131,22 @@ def test_the_interval_holds_the_mean():
     found = interval([0.9, 0.95, 0.97, 0.99])
     assert found["low"] < found["mean"] < found["high"] and found["cases"] == 4
     assert found == interval([0.9, 0.95, 0.97, 0.99])
+
+
+def test_weights_are_known_by_their_content(tmp_path):
+    part, other = tmp_path / "model/vae/model.safetensors", tmp_path / "transformer.pt"
+    part.parent.mkdir(parents=True)
+    for path in (part, other):
+        path.write_bytes(b"weights")
+    plain = InferenceConfig(model=str(tmp_path / "model"))
+    named = InferenceConfig(model=str(tmp_path / "model"), transformer=str(other))
+    first = weights(plain), weights(named)
+    os.utime(part, (0, 0))
+    assert (weights(plain), weights(named)) == first and first[0] != first[1]
+    other.write_bytes(b"weighty")
+    assert weights(plain) == first[0] and weights(named) != first[1]
+    part.write_bytes(b"heights")
+    assert weights(plain) != first[0]
 
 
 def test_an_evaluation_runs_and_goes_on(tiny_folder, tmp_path):

@@ -1,13 +1,16 @@
 """What the observer sees in frames agrees with how they were drawn, also when they were made worse."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from stableavatar.puppet.identity import FRAMINGS, STYLES
-from stableavatar.puppet.observer import load_observer, observe
+from stableavatar.puppet.observer import WEIGHTS, load_observer, observe
+from stableavatar.puppet.observer_recipe import ObserverConfig, ObserverTrainer, draw_frames
 from stableavatar.puppet.world import SHAPES, draw_scene
 
 FRAMES = 125
@@ -90,6 +93,7 @@ def test_frames_are_judged_one_by_one():
     _, frames, _ = clip(SEED, "square", "puppet", "bust")
     whole, part = observe(frames), observe(frames[7:9])
     np.testing.assert_allclose(part.aperture, whole.aperture[7:9], atol=1e-4)
+    assert np.array_equal(whole[7:9].mouth, whole.mouth[7:9]) and np.array_equal(whole[np.array([8, 3])].found, whole.found[[8, 3]])
 
 
 def test_another_size_is_looked_at_in_the_usual_one():
@@ -111,3 +115,26 @@ def test_mistakes():
     with pytest.raises(ValueError, match="expected uint8"):
         observe(np.zeros((0, 128, 128, 3), np.uint8))
     assert not load_observer().training
+
+
+def test_a_stopped_training_goes_on_and_leaves_the_shipped_weights_alone(tmp_path):
+    config = ObserverConfig(start=str(WEIGHTS), steps=1, mouth_steps=2)
+    pools = [draw_frames(0, size, 8) for size in SHAPES.values()]
+    shipped = load_observer(WEIGHTS)
+    before = {name: tensor.clone() for name, tensor in shipped.state_dict().items()}
+    whole, half, rest = (ObserverTrainer(config) for _ in range(3))
+    for _ in range(3):
+        whole.advance(pools)
+    half.advance(pools)
+    half.save(tmp_path / "state")
+    rest.load(tmp_path / "state")
+    for _ in range(2):
+        rest.advance(pools)
+    assert whole.finished and rest.finished
+    trained = whole.observer.state_dict()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in rest.observer.state_dict().items())
+    assert not torch.equal(trained["mouth.layers.0.0.weight"], before["mouth.layers.0.0.weight"])
+    assert load_observer(WEIGHTS) is shipped and not shipped.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in shipped.state_dict().items())
+    with pytest.raises(ValueError, match="with lr=0.003"):
+        ObserverTrainer(replace(config, lr=1.0)).load(tmp_path / "state")

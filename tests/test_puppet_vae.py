@@ -201,6 +201,29 @@ def test_a_stopped_training_goes_on(tmp_path, caplog: pytest.LogCaptureFixture) 
         train_on(data, held_out, into(tmp_path / "parts", replace(SETTINGS, lr=1.0)), fresh())
 
 
+def test_going_on_measures_no_components(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "PuppetVAE", lambda: PuppetVAE(**TINY))
+    monkeypatch.setattr(recipe, "principal_components", lambda *_: pytest.fail("the state has all weights"))
+    VAETrainer(fresh(), SETTINGS).save(tmp_path / STATE_FILE)
+    train_on(clips(3), clips(1), into(tmp_path, replace(SETTINGS, steps=1)))
+    assert load_model(PuppetVAE, tmp_path, torch.float32).config.latents_std != [1.0] * 16
+    assert {path.name for path in tmp_path.iterdir()} == {STATE_FILE, "config.json", "diffusion_pytorch_model.safetensors"}
+
+
+def test_a_damaged_state_is_named(tmp_path) -> None:
+    path = tmp_path / STATE_FILE
+    VAETrainer(fresh(), SETTINGS).save(path)
+    whole = path.read_bytes()
+    for content in (whole[:-100], b"junk", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"state\.pt is damaged.*remove it") as error:
+            VAETrainer(fresh(), SETTINGS).load(path)
+        assert "\n" not in str(error.value)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="of another network"):
+        VAETrainer(PuppetVAE(**TINY | {"widths": (16, 16, 16)}), SETTINGS).load(path)
+
+
 def test_trained_latents_are_normalised(tmp_path) -> None:
     vae = train_on(clips(3), clips(1), into(tmp_path, SETTINGS), fresh())
     loaded = load_model(PuppetVAE, tmp_path, torch.float32)

@@ -127,6 +127,19 @@ def test_its_transformer_goes_through_the_released_names_and_back(parts, tmp_pat
     assert there.keys() == back.keys() and all(torch.equal(there[name], back[name]) for name in there)
 
 
+def test_the_whole_folder_goes_to_released_files_and_back(parts, tmp_path):
+    names = ["--transformer", "Avatar/weights.pt", "--base", "Wan", "--wav2vec", "speech"]
+    assert convert(["to-released", str(parts / "model"), str(tmp_path / "released"), *names]) == 0
+    assert convert(["to-diffusers", str(tmp_path / "released"), str(tmp_path / "folder"), *names]) == 0
+    index, again = (json.loads((home / "model_index.json").read_text()) for home in (parts / "model", tmp_path / "folder"))
+    assert index == again and index["vae"][1] == "PuppetVAE"
+    for name in ("transformer", "vae", "text_encoder", "image_encoder", "audio_encoder"):
+        there, back = (dict(Checkpoint(home / name).read()) for home in (parts / "model", tmp_path / "folder"))
+        assert there.keys() == back.keys() and all(torch.equal(there[key], back[key]) for key in there), name
+    assert (tmp_path / "folder/vae/config.json").read_text() == (parts / "model/vae/config.json").read_text()
+    assert isinstance(StableAvatarPipeline.from_pretrained(tmp_path / "folder", local_files_only=True).vae, PuppetVAE)
+
+
 def test_assembling_spares_what_is_no_pipeline(parts, caplog):
     assert puppet(["assemble", f"vae={parts}/vae", f"speech={parts}/speech", f"output={parts}"]) == 2
     assert "holds something else than a pipeline" in caplog.text and (parts / "vae/config.json").exists()

@@ -6,6 +6,7 @@ through their index. Files are memory-mapped and opened anew every gigabyte, so 
 
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ Shapes = dict[str, torch.Size]
 Opened = tuple[Shapes, Callable[[str], Tensor]]
 
 BYTES_PER_OPENING = 2**30
-TORCH_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError)
+TORCH_ERRORS = (RuntimeError, pickle.UnpicklingError, struct.error, EOFError, ValueError, LookupError, AttributeError, TypeError)
 """What torch.load may raise for a file that is damaged or holds something else than tensors."""
 
 FOLDER_NAMES = tuple(f"{stem}.safetensors{end}" for stem in ("diffusion_pytorch_model", "model") for end in (".index.json", ""))

@@ -3,18 +3,17 @@
 Results are, by variant, a list over seeds of lists over cases; case c of seed s is the same person, sound and noise for all variants.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stableavatar.files import replacing
+from stableavatar.files import replacing, write_json
 from stableavatar.geometry import FPS
+from stableavatar.puppet.evaluation import RESAMPLES
 
 Results = dict[str, list[list[dict[str, Any]]]]
-RESAMPLES = 4000
 CURVES = ("background_de", "skin_de", "identity_ssim", "aperture_correlation")
 """Figures that are drawn over time."""
 MORE_IS_BETTER = ("aperture_correlation", "width_correlation", "silence_closed", "identity_ssim", "background_ssim", "sharpness")
@@ -72,10 +71,8 @@ def write_report(
     """
     name, title = heading
     rows = summarise(results, reference, figures)
-    home.mkdir(parents=True, exist_ok=True)
     docs.mkdir(parents=True, exist_ok=True)
-    with replacing(home / "summary.json") as part:
-        part.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_json(home / "summary.json", rows)
     picture = docs / f"ablations_{name}.svg"
     draw(results, rows, figures, picture)
     text = f"{about}\n\n{markdown(rows, reference, figures)}\n\n![{title}]({picture.name})"

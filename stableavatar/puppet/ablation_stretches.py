@@ -1,6 +1,5 @@
 """How a long video changes: the figures of evaluation stretch by stretch, the miniature of the paper's figure 2 and table 4."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,12 +7,9 @@ from typing import Any
 import numpy as np
 
 from stableavatar.config import InferenceConfig, override
-from stableavatar.geometry import frames_to_latents
 from stableavatar.pipeline import StableAvatarPipeline
-from stableavatar.puppet import metrics
 from stableavatar.puppet.evaluation import Truth, Values, make_video, measure, true_video
 from stableavatar.puppet.world import Scene
-from stableavatar.sampling.windows import WindowPlan
 
 SHORTEST_STRETCH = 10
 """Frames in which lips can be compared with a sound at all."""
@@ -43,16 +39,12 @@ def evaluate_stretches(
 
 def _stretched_case(pipeline: StableAvatarPipeline, config: InferenceConfig, scene: Scene, stretch: int) -> Case:
     truth, _ = true_video(scene, pipeline.vae)
-    began = time.perf_counter()
-    frames = make_video(pipeline, config, scene, truth.reference)
-    seconds = time.perf_counter() - began
-    lengths = frames_to_latents(len(frames)), frames_to_latents(config.windows.frames)
-    plan = WindowPlan.sliding(*lengths, config.windows.overlap, config.windows.tail)
-    curve = drift_curve(frames, truth, stretch)
-    values = measure(frames, truth, metrics.seam_frames(plan, len(frames)), [])
+    video = make_video(pipeline, config, scene, truth.reference)
+    curve = drift_curve(video.frames, truth, stretch)
+    values = measure(video.frames, truth, video.seams, [])
     for when, found in (("early", curve[0]), ("late", curve[-1])):
         values |= {f"{name}_{when}": value for name, value in found.items()}
-    return {"model": values, "curve": curve, "starts": stretch_starts(len(frames), stretch), "seconds": seconds}
+    return {"model": values, "curve": curve, "starts": stretch_starts(len(video.frames), stretch), "seconds": video.seconds}
 
 
 def stretch_starts(frames: int, stretch: int) -> list[int]:

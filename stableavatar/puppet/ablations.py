@@ -24,13 +24,13 @@ import torch
 import yaml
 
 from stableavatar.config import Config, InferenceConfig, load_config, override, setting, split_word
-from stableavatar.files import replacing
+from stableavatar.files import write_json
 from stableavatar.models.dit import AvatarTransformer
 from stableavatar.pipeline import StableAvatarPipeline
 from stableavatar.puppet.ablation_report import Results, plotting, write_report
 from stableavatar.puppet.ablation_stretches import SHORTEST_STRETCH, Case, evaluate_stretches
-from stableavatar.puppet.evaluation import CASES, EvaluateConfig, evaluate_cases, inference_config
-from stableavatar.puppet.world import SHAPES, Scene, draw_scene
+from stableavatar.puppet.evaluation import EvaluateConfig, draw_scenes, evaluate_cases, inference_config, stored, weights
+from stableavatar.puppet.world import SHAPES, Scene
 from stableavatar.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -223,9 +223,8 @@ def train(run: Training, recipe: str, processes: int) -> Path:
     """Trains, or goes on with a training, unless it is finished; the folder of its transformer. Raises ValueError if it fails."""
     checkpoint = run.folder / "checkpoints" / f"step_{run.steps:06d}"
     if not checkpoint.exists():
-        run.folder.mkdir(parents=True, exist_ok=True)
         scratch = run.folder / "transformer.json"
-        _write(scratch, run.transformer)
+        write_json(scratch, run.transformer)
         words = [*run.words, f"scratch={scratch}", f"output={run.folder}", "resume=latest"]
         _launch([str(ROOT / "train.py"), recipe, *words], processes, run.folder / "train.log")
     if not checkpoint.exists():
@@ -255,14 +254,13 @@ def variant_cases(config: AblateConfig, variant: Variant, seed: int) -> list[Cas
     settings |= {"inference": asdict(inference), "weights": weights(inference), "stretch": config.stretch}
     settings |= {"training": run.folder.name if run else ""}
     path = Path(config.output) / config.name / f"{variant.name}_seed{seed}.json"
-    done = _stored(path, settings)
+    done = stored(path, settings)
     if len(done) < evaluation.cases:
         if run:
             inference = override(inference, {"transformer": str(train(run, config.recipe, config.processes))})
-        path.parent.mkdir(parents=True, exist_ok=True)
 
         def store(cases: list[Case]) -> None:
-            _write(path, {"settings": settings, "cases": cases})
+            write_json(path, {"settings": settings, "cases": cases})
 
         done = _make_cases(inference, draw_scenes(evaluation), config.stretch, done, store)
     return done[: evaluation.cases]
@@ -273,33 +271,3 @@ def _make_cases(inference: InferenceConfig, scenes: list[Scene], stretch: int, d
     if stretch:
         return evaluate_stretches(pipeline, inference, scenes, stretch, done, store)
     return evaluate_cases(pipeline, inference, scenes, done, store)
-
-
-def draw_scenes(evaluation: EvaluateConfig) -> list[Scene]:
-    """The unseen scenes of an evaluation."""
-    seeds = range(evaluation.seed * CASES, evaluation.seed * CASES + evaluation.cases)
-    options = {"held_out": True, "style": evaluation.style or None, "framing": evaluation.framing or None}
-    return [draw_scene(seed, evaluation.kind, SHAPES[evaluation.shape], evaluation.frames, **options) for seed in seeds]
-
-
-def weights(config: InferenceConfig) -> str:
-    """Digest of the weights of a pipeline folder: other weights under the same name are another model."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(config.model).rglob("*.safetensors")):
-        digest.update(f"{file.relative_to(config.model).as_posix()} ".encode() + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()[:16]
-
-
-def _stored(path: Path, settings: dict[str, Any]) -> list[Case]:
-    """Results of an earlier, perhaps interrupted run. Raises ValueError if it was of something else."""
-    if not path.exists():
-        return []
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["settings"] != settings:
-        raise ValueError(f"{path} was made with other settings or weights; remove it, or give another output")
-    return content["cases"]
-
-
-def _write(path: Path, content: Any) -> None:
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ import torch
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from stableavatar.config import Config, setting
-from stableavatar.folders import library_errors, load_model
+from stableavatar.folders import INDEX_FILE, library_errors, load_model
 from stableavatar.models.dit import AvatarTransformer
 from stableavatar.pipeline import StableAvatarPipeline
 from stableavatar.puppet.parts import frozen_parts
@@ -17,9 +17,6 @@ from stableavatar.puppet.vae import PuppetVAE
 from stableavatar.training.parts import from_scratch
 
 logger = logging.getLogger(__name__)
-
-INDEX = "model_index.json"
-"""What makes a folder a pipeline's."""
 
 
 @dataclass
@@ -42,8 +39,8 @@ def assemble(config: AssembleConfig) -> None:
         ValueError: a component that is missing or damaged, an output that holds something else than a pipeline.
     """
     output = Path(config.output)
-    if output.is_dir() and any(output.iterdir()) and not (output / INDEX).is_file():
-        raise ValueError(f"output {output} holds something else than a pipeline (it has no {INDEX}); give a new name")
+    if output.is_dir() and any(output.iterdir()) and not (output / INDEX_FILE).is_file():
+        raise ValueError(f"output {output} holds something else than a pipeline (it has no {INDEX_FILE}); give a new name")
     pipe = StableAvatarPipeline(
         transformer=_transformer(config).eval(),
         vae=load_model(PuppetVAE, Path(config.vae), torch.float32).eval(),

@@ -1,5 +1,6 @@
 """Measures a model in the puppet world: faces, voices and sentences that no training has seen, through the project's own pipeline."""
 
+import hashlib
 import json
 import logging
 import math
@@ -17,17 +18,19 @@ import torch
 from PIL import Image
 
 from stableavatar.config import Config, InferenceConfig, load_config, override, setting
-from stableavatar.files import replacing
+from stableavatar.files import write_json
 from stableavatar.geometry import FPS, SAMPLE_RATE, TEMPORAL_STRIDE, frames_to_latents
-from stableavatar.pipeline import StableAvatarPipeline
+from stableavatar.media import from_pixels, to_pixels
+from stableavatar.models.lora_files import parse_loras
+from stableavatar.pipeline import StableAvatarPipeline, transformer_path
 from stableavatar.puppet import metrics
 from stableavatar.puppet.identity import FRAMINGS, KINDS, STYLES
 from stableavatar.puppet.motion import Motion
-from stableavatar.puppet.observer import observe
+from stableavatar.puppet.observer import Observation, observe
 from stableavatar.puppet.renderer import render
+from stableavatar.puppet.vae import VideoVAE
 from stableavatar.puppet.world import SHAPES, Scene, draw_scene
 from stableavatar.sampling.windows import WindowPlan
-from stableavatar.vae import WanVAE
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,10 @@ PERSON = 4
 OTHERS = 8
 """Sounds of other cases with which lips are compared."""
 RESAMPLES = 4000
+"""Of the bootstrap."""
+WEIGHTS = (".safetensors", ".pt", ".pth")
+"""Endings of files with weights."""
+READ_BYTES = 1 << 24
 CASES = 10_000
 """At most, so that no two seeds share any."""
 Values = dict[str, float | None]
@@ -84,6 +91,18 @@ class Truth:
     """Fine detail around the true faces after the VAE."""
 
 
+@dataclass(frozen=True)
+class Video:
+    """What a pipeline made of a scene."""
+
+    frames: np.ndarray
+    """uint8 [T, H, W, 3], as long as the scene."""
+    seams: list[int]
+    """Frames with which a window begins or ends."""
+    seconds: float
+    """That it took."""
+
+
 def evaluate(config: EvaluateConfig) -> None:
     """Makes and measures the cases that `config.output` lacks, writes it after each, and logs a table.
 
@@ -93,18 +112,15 @@ def evaluate(config: EvaluateConfig) -> None:
     torch.set_flush_denormal(True)  # as the program does: denormals are slow
     inference = inference_config(config)
     about = {key: value for key, value in asdict(config).items() if key not in ("output", "cases")}
-    about |= {"inference": asdict(inference), "weights": _weights(inference)}
+    about |= {"inference": asdict(inference), "weights": weights(inference)}
     output = Path(config.output)
-    done = _stored(output, about)
-    options = {"style": config.style or None, "framing": config.framing or None, "held_out": True}
-    seeds = range(config.seed * CASES, config.seed * CASES + config.cases)
-    scenes = [draw_scene(seed, config.kind, SHAPES[config.shape], config.frames, **options) for seed in seeds]
+    done = stored(output, about)
 
     def store(cases: list[dict[str, Any]]) -> None:
-        _write(output, {"settings": about, "cases": cases, "summary": summary(cases)})
+        write_json(output, {"settings": about, "cases": cases, "summary": summary(cases)})
 
     pipeline = StableAvatarPipeline.from_config(inference) if len(done) < config.cases else None
-    cases = evaluate_cases(pipeline, inference, scenes, done, store)
+    cases = evaluate_cases(pipeline, inference, draw_scenes(config), done, store)
     logger.info("%s\n%d cases of %d frames; written to %s", table(summary(cases)), len(cases), config.frames, output)
 
 
@@ -113,6 +129,13 @@ def inference_config(config: EvaluateConfig) -> InferenceConfig:
     width, height = SHAPES[config.shape]
     words = [f"width={width}", f"height={height}", *config.settings.split()] + [f"model={config.model}"] * bool(config.model)
     return load_config(InferenceConfig, config.config, words)
+
+
+def draw_scenes(config: EvaluateConfig) -> list[Scene]:
+    """The unseen scenes of an evaluation."""
+    options = {"held_out": True, "style": config.style or None, "framing": config.framing or None}
+    seeds = range(config.seed * CASES, config.seed * CASES + config.cases)
+    return [draw_scene(seed, config.kind, SHAPES[config.shape], config.frames, **options) for seed in seeds]
 
 
 def evaluate_cases(
@@ -146,27 +169,27 @@ def evaluate_cases(
 
 def _evaluate_case(pipeline: StableAvatarPipeline, config: InferenceConfig, scene: Scene, others: list[np.ndarray]) -> dict[str, Any]:
     truth, oracle = true_video(scene, pipeline.vae)
-    began = time.perf_counter()
-    frames = make_video(pipeline, config, scene, truth.reference)
-    seconds = time.perf_counter() - began
-    lengths = frames_to_latents(len(frames)), frames_to_latents(config.windows.frames)
-    plan = WindowPlan.sliding(*lengths, config.windows.overlap, config.windows.tail)
-    seams = metrics.seam_frames(plan, len(frames))
-    return {"model": measure(frames, truth, seams, others), "oracle": measure(oracle, truth, [], others), "seconds": seconds}
+    video = make_video(pipeline, config, scene, truth.reference)
+    found = {"model": measure(video.frames, truth, video.seams, others), "oracle": measure(oracle, truth, [], others)}
+    return found | {"seconds": video.seconds}
 
 
-def make_video(pipeline: StableAvatarPipeline, config: InferenceConfig, scene: Scene, reference: np.ndarray) -> np.ndarray:
-    """The pipeline's video of a scene's first frame, sound and prompt: uint8 [T, H, W, 3], as long as the scene."""
+def make_video(pipeline: StableAvatarPipeline, config: InferenceConfig, scene: Scene, reference: np.ndarray) -> Video:
+    """The pipeline's video of a scene's first frame, sound and prompt."""
     pipeline.set_progress_bar_config(disable=True)
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         sound = Path(folder) / "voice.wav"
         soundfile.write(sound, scene.utterance.waveform, SAMPLE_RATE, subtype="PCM_16")
         frames = torch.cat(list(pipeline.stream(Image.fromarray(reference), sound, scene.prompt, config))).numpy()
+    seconds = time.perf_counter() - began
     assert len(frames) == len(scene), f"{len(frames)} frames of a scene of {len(scene)}"
-    return frames
+    lengths = frames_to_latents(len(frames)), frames_to_latents(config.windows.frames)
+    plan = WindowPlan.sliding(*lengths, config.windows.overlap, config.windows.tail)
+    return Video(frames, metrics.seam_frames(plan, len(frames)), seconds)
 
 
-def true_video(scene: Scene, vae: WanVAE) -> tuple[Truth, np.ndarray]:
+def true_video(scene: Scene, vae: VideoVAE) -> tuple[Truth, np.ndarray]:
     """What is true of a scene, and its (first) frames after the VAE, uint8 [T, H, W, 3]."""
     frames = np.stack([scene.render(i).pixels for i in range(min(len(scene), ORACLE_FRAMES))])
     after = round_trip(vae, frames)
@@ -175,13 +198,13 @@ def true_video(scene: Scene, vae: WanVAE) -> tuple[Truth, np.ndarray]:
 
 
 @torch.no_grad()
-def round_trip(vae: WanVAE, frames: np.ndarray) -> np.ndarray:
+def round_trip(vae: VideoVAE, frames: np.ndarray) -> np.ndarray:
     """Frames uint8 [T, H, W, 3] encoded and decoded."""
     padding = -(len(frames) - 1) % TEMPORAL_STRIDE
     whole = torch.from_numpy(np.concatenate([frames, *[frames[-1:]] * padding]))
-    pixels = (whole.permute(3, 0, 1, 2).float() / 127.5 - 1).to(vae.device)
+    pixels = from_pixels(whole.permute(3, 0, 1, 2)).to(vae.device)
     decoded = torch.cat(list(vae.decode_stream(vae.encode_stream([pixels]))), dim=1)
-    return ((decoded + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()[: len(frames)]
+    return to_pixels(decoded).permute(1, 2, 3, 0).cpu().numpy()[: len(frames)]
 
 
 def background_mask(scene: Scene) -> np.ndarray:
@@ -222,22 +245,20 @@ def measure(frames: np.ndarray, truth: Truth, seams: list[int], others: list[np.
     if count >= LONG:
         for name, part in (("first", slice(MINUTE)), ("last", slice(count - MINUTE, count))):
             values[f"aperture_correlation_{name}_minute"] = metrics.correlation(seen.aperture[part], aperture[part])
-    values |= _pictures(frames, truth)
+    values |= _pictures(frames, seen, truth)
     return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _pictures(frames: np.ndarray, truth: Truth) -> dict[str, float]:
+def _pictures(frames: np.ndarray, seen: Observation, truth: Truth) -> dict[str, float]:
     """What is compared in some of the frames."""
-    stretch = min(STRETCH, max(1, len(frames) // 4))
-    some = frames[metrics.sampled(len(frames))]
-    seen = observe(np.concatenate([truth.reference[None], some]))
-    heads = metrics.head_cuts(np.concatenate([truth.reference[None], some]), seen)
-    values = metrics.identity(heads[1:], heads[0])
+    chosen, stretch = metrics.sampled(len(frames)), min(STRETCH, max(1, len(frames) // 4))
+    some, reference = frames[chosen], truth.reference[None]
+    values = metrics.identity(metrics.head_cuts(some, seen[chosen]), metrics.head_cuts(reference, observe(reference))[0])
     if truth.background.any():
         values["background_de"] = float(metrics.background_distance(some, truth.reference, truth.background).mean())
         values["background_ssim"] = float(metrics.background_structure(some, truth.reference, truth.background).mean())
     values |= metrics.drift(frames, truth.background, stretch)
-    values["sharpness"] = metrics.fine_detail(some, observe(some)) / max(truth.detail, 1e-6)
+    values["sharpness"] = metrics.fine_detail(some, seen[chosen]) / max(truth.detail, 1e-6)
     return values
 
 
@@ -268,23 +289,31 @@ def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def _weights(config: InferenceConfig) -> list[str]:
-    """Size and time of a pipeline's weights: other weights under the same name are another model."""
-    files = [*Path(config.model).rglob("*.safetensors"), *filter(Path.is_file, [Path(config.transformer)])]
-    return sorted(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+def weights(config: InferenceConfig) -> str:
+    """Digest of the weights that the settings name: other weights under the same name are another model."""
+    places = [Path(folder) for folder in (config.model, config.checkpoints) if folder][:1]
+    places += [transformer_path(config)] * bool(config.transformer) + [file for file, _ in parse_loras(config.lora)]
+    digest = hashlib.sha256()
+    for place in places:
+        for file in [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.suffix in WEIGHTS):
+            digest.update(f"{file.relative_to(place).as_posix()} ".encode() + _content(file))
+    return digest.hexdigest()[:16]
 
 
-def _stored(output: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """Results of an earlier, interrupted evaluation. Raises ValueError if it was of something else."""
-    if not output.exists():
+def _content(file: Path) -> bytes:
+    """Digest of a file of any size."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while part := opened.read(READ_BYTES):
+            digest.update(part)
+    return digest.digest()
+
+
+def stored(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Results of an earlier, perhaps interrupted run, by case. Raises ValueError if it was of something else."""
+    if not path.exists():
         return []
-    content = json.loads(output.read_text(encoding="utf-8"))
-    if content["settings"] != about:
-        raise ValueError(f"{output} is of an evaluation with other settings; remove it, or give another output")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["settings"] != settings:
+        raise ValueError(f"{path} was made with other settings or weights; remove it, or give another output")
     return content["cases"]
-
-
-def _write(output: Path, content: dict[str, Any]) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

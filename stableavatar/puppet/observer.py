@@ -53,6 +53,10 @@ class Observation:
         """[T] whether there is a face."""
         return self.confidence > FOUND
 
+    def __getitem__(self, frames: slice | np.ndarray) -> "Observation":
+        """What was seen in some of the frames, by a slice or by their numbers."""
+        return Observation(*(track[frames] for track in vars(self).values()))
+
 
 def conv(width: int, out: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
     """3 x 3 convolution, batch norm, ReLU."""

@@ -5,7 +5,7 @@ First all of it on whole frames, then the reader of the mouth alone on close-ups
 
 import logging
 import math
-import time
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,19 +19,21 @@ from tqdm import tqdm
 
 from stableavatar.config import Config, setting
 from stableavatar.files import replacing
+from stableavatar.folders import load_model
 from stableavatar.puppet.evaluation import round_trip
 from stableavatar.puppet.face import EYE_Y, MOUTH_Y, Pose, lip_outline
 from stableavatar.puppet.identity import KINDS, Identity, draw_identity
 from stableavatar.puppet.motion import Motion, draw_motion
 from stableavatar.puppet.observer import MOUTH_VIEW, STRIDE, WEIGHTS, Observer, cut_out, load_observer, peaks
+from stableavatar.puppet.recipe import Trainer
 from stableavatar.puppet.renderer import PLACES, render
 from stableavatar.puppet.vae import PuppetVAE
-from stableavatar.puppet.world import draw_scene
+from stableavatar.puppet.world import SHAPES, draw_scene
 
 logger = logging.getLogger(__name__)
 
-SHAPES = {(128, 128): 0.6, (96, 160): 0.2, (160, 96): 0.2}
-"""Width and height -> share of the frames."""
+SHARES = {"square": 0.6, "vec": 0.2, "rec": 0.2}
+"""Of the world's shapes among the frames; a pool of frames each, in this order."""
 FRAMES_OF_ONE = 8
 CLIP = 100
 """Length of the movement from which the frames of one identity are taken."""
@@ -44,11 +46,15 @@ CLOSE_UP = 1.6
 VAE_CLIPS, VAE_FRAMES, VAE_SHARE = 30, 13, 0.25
 """Clips of each size that go through the VAE, their length, and their share of the close-ups."""
 BATCH, WARMUP = 64, 100
+NORM = 5.0
+"""Of the gradient, at most."""
+SAVE_EVERY = 60.0
+"""Seconds between two saves of the state."""
 
 
 @dataclass
 class ObserverConfig(Config):
-    """The settings of `puppet.py train_observer`."""
+    """The settings of `puppet.py observer`."""
 
     output: str = setting(str(WEIGHTS), "the weights to write, .safetensors; the state of the training is next to it while it runs")
     start: str = setting("", "weights to begin with, for a short finish after the renderer has changed a little; empty for fresh ones")
@@ -193,14 +199,17 @@ def jittered(points: Tensor, amount: float, generator: torch.Generator) -> Tenso
     return points + spread * torch.randn(points.shape, generator=generator)
 
 
-class ObserverTrainer:
+class ObserverTrainer(Trainer):
     """The network, its optimiser and how far they are; every step's frames follow from the seed and the step."""
+
+    free = frozenset({"output", "start"})
+    config: ObserverConfig
 
     def __init__(self, config: ObserverConfig) -> None:
         torch.manual_seed(config.seed)
-        self.config, self.step = config, 0
-        self.observer = (load_observer(Path(config.start)) if config.start else Observer()).train()
-        self.optimizer = torch.optim.AdamW(self.observer.parameters(), config.lr, weight_decay=1e-3)
+        self.observer = (deepcopy(load_observer(Path(config.start))) if config.start else Observer()).train()
+        optimizer = torch.optim.AdamW(self.observer.parameters(), config.lr, weight_decay=1e-3)
+        super().__init__(config, optimizer, observer=self.observer)
 
     @property
     def progress(self) -> float:
@@ -215,15 +224,14 @@ class ObserverTrainer:
     def advance(self, pools: list[Frames]) -> dict[str, float]:
         """One step; mean errors: of the points in pixels, of the values."""
         rng, since = np.random.default_rng([self.config.seed, self.step]), self.step - self.config.steps
-        for group in self.optimizer.param_groups:
-            warm = min(1, ((since if since >= 0 else self.step) + 1) / WARMUP)
-            group["lr"] = self.config.lr * warm * (1 + math.cos(math.pi * self.progress)) / (4 if since >= 0 else 2)
-        errors = self._mouth_step(rng, pools) if since >= 0 else self._whole_step(rng, pools[: len(SHAPES)])
-        self.step += 1
-        return errors
+        if since >= 0:
+            self.set_rate(self.config.lr / 2, (since + 1) / WARMUP, self.progress)
+            return self._mouth_step(rng, pools)
+        self.set_rate(self.config.lr, (self.step + 1) / WARMUP, self.progress)
+        return self._whole_step(rng, pools[: len(SHARES)])
 
     def _whole_step(self, rng: np.random.Generator, pools: list[Frames]) -> dict[str, float]:
-        pool = pools[rng.choice(len(pools), p=list(SHAPES.values()))]
+        pool = pools[rng.choice(len(pools), p=list(SHARES.values()))]
         chosen = rng.integers(len(pool.pixels), size=BATCH)
         pixels, points = (np.stack(parts) for parts in zip(*(worsen(rng, pool.pixels[i], pool.points[i]) for i in chosen)))
         frames, generator = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, torch.Generator().manual_seed(self.step)
@@ -231,7 +239,7 @@ class ObserverTrainer:
         with torch.autocast("cpu", torch.bfloat16):
             logits = self.observer.locator(frames).float()
         read = self.observer.read(frames, places)
-        self._descend(0.2 * heat_loss(logits, torch.from_numpy(points)) + 20 * functional.mse_loss(read, values))
+        self.descend(0.2 * heat_loss(logits, torch.from_numpy(points)) + 20 * functional.mse_loss(read, values), NORM)
         error = (read - values).detach().abs().mean(dim=0).tolist()
         away = (peaks(logits.detach())[0] - torch.from_numpy(points)).norm(dim=2).mean().item()
         return {"pixels": away, **dict(zip(("aperture", "width", "blink"), error))}
@@ -239,54 +247,37 @@ class ObserverTrainer:
     def _mouth_step(self, rng: np.random.Generator, pools: list[Frames]) -> dict[str, float]:
         cuts, values, generator = [], [], torch.Generator().manual_seed(self.step)
         for _ in range(BATCH):
-            drawn, decoded = pools[: len(SHAPES)], pools[len(SHAPES) :]
-            pool = (decoded if decoded and rng.random() < VAE_SHARE else drawn)[rng.integers(len(SHAPES))]
+            drawn, decoded = pools[: len(SHARES)], pools[len(SHARES) :]
+            pool = (decoded if decoded and rng.random() < VAE_SHARE else drawn)[rng.integers(len(SHARES))]
             chosen = rng.integers(len(pool.pixels))
             pixels, points = worsen(rng, *close_up(pool.pixels[chosen], pool.points[chosen]))
             places = jittered(torch.from_numpy(points)[None], FINE_JITTER, generator)
             cuts.append(cut_out(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255, places, 0, MOUTH_VIEW))
             values.append(pool.values[chosen, :2])
         read, wanted = self.observer.mouth(torch.cat(cuts)), torch.from_numpy(np.stack(values))
-        self._descend(20 * functional.mse_loss(read, wanted))
+        self.descend(20 * functional.mse_loss(read, wanted), NORM)
         return dict(zip(("aperture", "width"), (read - wanted).detach().abs().mean(dim=0).tolist()))
-
-    def _descend(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.observer.parameters(), 5.0)
-        self.optimizer.step()
-
-    def save(self, path: Path) -> None:
-        """Writes the state, whole or not at all."""
-        with replacing(path) as part:
-            torch.save({"step": self.step, "observer": self.observer.state_dict(),
-                        "optimizer": self.optimizer.state_dict()}, part)  # fmt: skip
-
-    def load(self, path: Path) -> None:
-        """Goes on from there."""
-        state = torch.load(path, weights_only=True)
-        self.observer.load_state_dict(state["observer"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
 
 
 def train_observer(config: ObserverConfig) -> None:
-    """Draws the frames, trains, and writes the weights in half precision; goes on from `OUTPUT.state` if that is there."""
+    """Draws the frames, trains, and writes the weights in half precision; goes on from `OUTPUT.state` if that is there.
+
+    Raises:
+        ValueError: the state is damaged, or of another training; the VAE cannot be loaded.
+    """
     output, state = Path(config.output), Path(config.output + ".state")
-    pools = [draw_frames(config.seed, size, int(config.frames * share)) for size, share in SHAPES.items()]
-    if config.vae:
-        vae = PuppetVAE.from_pretrained(config.vae).eval()
-        pools += [draw_decoded(config.seed, size, vae) for size in SHAPES]
-    trainer, saved = ObserverTrainer(config), time.monotonic()
+    trainer = ObserverTrainer(config)
     if state.exists():
         trainer.load(state)
+    pools = [draw_frames(config.seed, SHAPES[name], int(config.frames * share)) for name, share in SHARES.items()]
+    if config.vae:
+        vae = load_model(PuppetVAE, Path(config.vae), torch.float32).eval()
+        pools += [draw_decoded(config.seed, SHAPES[name], vae) for name in SHARES]
     while not trainer.finished:
         errors = trainer.advance(pools)
         if trainer.step % 100 == 0:
             logger.info("step %d: %s", trainer.step, " ".join(f"{k} {v:.3f}" for k, v in errors.items()))
-        if time.monotonic() - saved > 60:
-            trainer.save(state)
-            saved = time.monotonic()
+        trainer.save(state, SAVE_EVERY)
     save(trainer.observer, output)
     state.unlink(missing_ok=True)
 

@@ -4,11 +4,8 @@ CTC (Graves et al. 2006) with the pause as its blank. CTC alone stays long at "a
 alignment is a second, frame-wise loss on the same classes, so that each token says what is spoken while it lasts.
 """
 
-import json
 import logging
-import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +16,9 @@ from tqdm import tqdm
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
 from stableavatar.config import Config, setting
-from stableavatar.files import replacing
+from stableavatar.files import filling, write_json
 from stableavatar.geometry import SAMPLE_RATE
+from stableavatar.puppet.recipe import Trainer
 from stableavatar.puppet.speech_pool import (
     LONGEST,
     TRACK_RATE,
@@ -75,29 +73,26 @@ def speech_model(hidden: int = 192, layers: int = 3) -> Wav2Vec2ForCTC:
     return Wav2Vec2ForCTC(config)
 
 
-class SpeechTrainer:
+class SpeechTrainer(Trainer):
     """The model, its optimiser and how far they are."""
+
+    free = frozenset({"output", "held_out", "workers", "save_every"})
+    config: SpeechConfig
 
     def __init__(self, config: SpeechConfig, model: Wav2Vec2ForCTC | None = None) -> None:
         torch.manual_seed(config.seed)
-        self.config, self.step = config, 0
         self.model = (model or speech_model()).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=0.01, foreach=True)
+        optimizer = torch.optim.AdamW(self.model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=0.01, foreach=True)
+        super().__init__(config, optimizer, model=self.model)
 
     def advance(self, pool: list[Segment]) -> tuple[float, float]:
         """One step; CTC's loss per phoneme and the frame-wise one. The step's number decides all that is random in it."""
         config = self.config
         rng = np.random.default_rng([config.seed, self.step])
         torch.manual_seed(int(rng.integers(2**31)))
-        for group in self.optimizer.param_groups:
-            rise, fall = (self.step + 1) / config.warmup, (1 + math.cos(math.pi * self.step / config.steps)) / 2
-            group["lr"] = config.lr * min(1.0, rise) * fall
+        self.set_rate(config.lr, (self.step + 1) / config.warmup, self.step / config.steps)
         ctc, aligned = self.losses(training_batch(pool, config.batch, rng))
-        self.optimizer.zero_grad()
-        (ctc + config.align_weight * aligned).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
+        self.descend(ctc + config.align_weight * aligned)
         return ctc.item(), aligned.item()
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -106,28 +101,12 @@ class SpeechTrainer:
             result = self.model(batch.waveforms, labels=batch.labels)
         return result.loss, functional.cross_entropy(result.logits.float().transpose(1, 2), batch.classes)
 
-    def save(self, path: Path) -> None:
-        """Writes the state, whole or not at all."""
-        state = {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        with replacing(path) as part:
-            torch.save(state | {"config": asdict(self.config)}, part)
-
-    def load(self, path: Path) -> None:
-        """Goes on from there. Raises ValueError if that was another training."""
-        state = torch.load(path, weights_only=True)
-        for name in ("steps", "batch", "pool", "lr", "warmup", "align_weight", "bfloat16", "seed"):
-            if state["config"][name] != getattr(self.config, name):
-                raise ValueError(f"{path} is of a training with {name}={state['config'][name]}; remove it, or go on with that")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-
 
 def train_speech(config: SpeechConfig) -> None:
     """Trains, and writes the encoder (Wav2Vec2Model), its processor and its figures into `config.output`.
 
     Raises:
-        ValueError: the state file there is of another training.
+        ValueError: the state file there is damaged, or of another training.
         OSError: the folder cannot be written.
     """
     output = Path(config.output)
@@ -135,27 +114,24 @@ def train_speech(config: SpeechConfig) -> None:
     trainer, state = SpeechTrainer(config), output / STATE_FILE
     if state.exists():
         trainer.load(state)
-        logger.info("goes on from step %d", trainer.step)
     if trainer.step < config.steps:
         _train(trainer, draw_segments(config.pool, config.seed, workers=config.workers), state)
     figures = measure(trainer.model, config.held_out, config.seed)
-    trainer.model.wav2vec2.save_pretrained(output)
-    Wav2Vec2FeatureExtractor(sampling_rate=SAMPLE_RATE, do_normalize=True).save_pretrained(output)
-    with replacing(output / FIGURES_FILE) as part:
-        part.write_text(json.dumps(figures | {"steps": trainer.step}, indent=2) + "\n", encoding="utf-8")
+    with filling(output) as part:
+        trainer.model.wav2vec2.save_pretrained(part)
+        Wav2Vec2FeatureExtractor(sampling_rate=SAMPLE_RATE, do_normalize=True).save_pretrained(part)
+        write_json(part / FIGURES_FILE, figures | {"steps": trainer.step})
     logger.info("phoneme error rate %(phoneme_error_rate).3f, R2 of aperture %(r2_aperture).3f, of width %(r2_width).3f", figures)
 
 
 def _train(trainer: SpeechTrainer, pool: list[Segment], state: Path) -> None:
-    config, saved, losses = trainer.config, time.monotonic(), []
+    config, losses = trainer.config, []
     for _ in tqdm(range(trainer.step, config.steps), "steps", config.steps, initial=trainer.step, mininterval=5):
         losses.append(trainer.advance(pool))
         if trainer.step % LOG_EVERY == 0:
             logger.info("step %d: CTC %.3f, frame-wise %.3f", trainer.step, *np.mean(losses, axis=0))
             losses.clear()
-        if time.monotonic() - saved > config.save_every:
-            trainer.save(state)
-            saved = time.monotonic()
+        trainer.save(state, config.save_every)
     trainer.save(state)
 
 

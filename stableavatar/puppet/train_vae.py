@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,11 @@ from torch.nn import functional
 
 from stableavatar.config import Config, setting
 from stableavatar.data.clips import IMAGES, MASKS, frame_file, read_lists
-from stableavatar.files import replacing
+from stableavatar.files import filling
 from stableavatar.folders import load_model
 from stableavatar.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE, frames_to_latents
+from stableavatar.media import from_pixels
+from stableavatar.puppet.recipe import Trainer
 from stableavatar.puppet.vae import PuppetVAE, blocks
 
 logger = logging.getLogger(__name__)
@@ -95,8 +97,8 @@ class ClipStore:
     def batch(self, rng: np.random.Generator, config: VAEConfig) -> tuple[Tensor, Tensor]:
         """Random crops of random runs: pixels [B, T, crop, crop, 3] in [-1, 1], lip masks [B, T, crop, crop, 1] in [0, 1]."""
         crops = [self._crop(rng, config) for _ in range(config.batch)]
-        pixels, lips = (torch.from_numpy(np.stack(parts)).float() for parts in zip(*crops))
-        return pixels / 127.5 - 1, lips[..., None] / 255
+        pixels, lips = (torch.from_numpy(np.stack(parts)) for parts in zip(*crops))
+        return from_pixels(pixels), lips[..., None].float() / 255
 
     def _crop(self, rng: np.random.Generator, config: VAEConfig) -> tuple[np.ndarray, np.ndarray]:
         clip = rng.integers(len(self.pixels))
@@ -135,14 +137,18 @@ def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     return (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
 
 
-class VAETrainer:
+class VAETrainer(Trainer):
     """The model, its optimiser, the average of its weights and how far they are."""
 
+    free = frozenset({"lists", "output", "start", "held_out", "steps", "minutes", "save_every", "validate_every"})
+    counters = ("step", "seconds")
+    config: VAEConfig
+
     def __init__(self, vae: PuppetVAE, config: VAEConfig) -> None:
-        self.vae, self.config, self.step, self.seconds = vae.train(), config, 0, 0.0
         vae.encoder.requires_grad_(not config.decoder_only)
-        self.optimizer = torch.optim.AdamW(vae.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=1e-3, foreach=True)
-        self.average = EMAModel(vae.parameters(), decay=config.decay)
+        self.vae, self.seconds, self.average = vae.train(), 0.0, EMAModel(vae.parameters(), decay=config.decay)
+        optimizer = torch.optim.AdamW(vae.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=1e-3, foreach=True)
+        super().__init__(config, optimizer, vae=vae, average=self.average)
 
     @property
     def progress(self) -> float:
@@ -155,15 +161,10 @@ class VAETrainer:
         began, config = time.monotonic(), self.config
         rng = np.random.default_rng([config.seed, self.step])
         pixels, lips = clips.batch(rng, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * min(1, (self.step + 1) / config.warmup) * (1 + math.cos(math.pi * self.progress)) / 2
+        self.set_rate(config.lr, (self.step + 1) / config.warmup, self.progress)
         loss = self._loss(pixels, lips, rng)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
-        self.optimizer.step()
+        self.descend(loss)
         self.average.step(self.vae.parameters())
-        self.step += 1
         self.seconds += time.monotonic() - began
         return loss.item()
 
@@ -176,30 +177,12 @@ class VAETrainer:
         loss = reconstruction_loss(result.float(), pixels, lips, config)
         return loss + config.kl_weight * divergence(mean, log_variance)
 
-    def save(self, path: Path) -> None:
-        """Writes the state, whole or not at all."""
-        state = {"step": self.step, "seconds": self.seconds, "vae": self.vae.state_dict(), "average": self.average.state_dict()}
-        with replacing(path) as part:
-            torch.save(state | {"optimizer": self.optimizer.state_dict(), "settings": asdict(self.config)}, part)
-
-    def load(self, path: Path) -> None:
-        """Goes on from there. Raises ValueError if that was another training."""
-        state = torch.load(path, weights_only=True)
-        free = {"lists", "output", "start", "held_out", "steps", "minutes", "save_every", "validate_every"}
-        for name in {field.name for field in fields(self.config)} - free:
-            if state["settings"][name] != getattr(self.config, name):
-                raise ValueError(f"{path} is of a training with {name}={state['settings'][name]}; remove it, or go on with that")
-        self.vae.load_state_dict(state["vae"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average.load_state_dict(state["average"])
-        self.step, self.seconds = state["step"], state["seconds"]
-
 
 def train_vae(config: VAEConfig) -> None:
     """Trains the small video VAE and writes it into `config.output`, with the statistics of its latents.
 
     Raises:
-        ValueError, OSError: clips or `config.start` cannot be read, the output cannot be written.
+        ValueError, OSError: clips, `config.start` or the state of an earlier training cannot be read, the output cannot be written.
     """
     clips = ClipStore.read(config.lists)
     if len(clips.pixels) <= config.held_out:
@@ -216,36 +199,33 @@ def train_on(clips: ClipStore, held_out: ClipStore, config: VAEConfig, start: Pu
     Args:
         held_out: clips that it does not see; their PSNR is logged.
         start: what it begins with; None for a new one of the default widths.
+
+    Raises:
+        ValueError: the state file there is damaged, or of another training.
     """
     torch.manual_seed(config.seed)
-    trainer = VAETrainer(start or _new_vae(clips, config), config)
-    output = Path(config.output)
+    output, state = Path(config.output), Path(config.output) / STATE_FILE
     output.mkdir(parents=True, exist_ok=True)
-    if (output / STATE_FILE).exists():
-        trainer.load(output / STATE_FILE)
-        logger.info("goes on from step %d", trainer.step)
-    saved = time.monotonic()
+    vae = start or PuppetVAE()
+    if not start and not state.exists():
+        vae.set_components(*principal_components(clips, config, vae.config.z_dim))
+    trainer = VAETrainer(vae, config)
+    if state.exists():
+        trainer.load(state)
     while trainer.progress < 1:
         loss = trainer.advance(clips)
         if trainer.step % config.validate_every == 0:
             _validate(trainer, held_out, loss)
-        if time.monotonic() - saved > config.save_every:
-            trainer.save(output / STATE_FILE)
-            saved = time.monotonic()
-    trainer.save(output / STATE_FILE)
+        trainer.save(state, config.save_every)
+    trainer.save(state)
     trainer.average.copy_to(trainer.vae.parameters())
-    vae = trainer.vae.eval()
+    vae.eval()
     if not config.decoder_only:
         vae.set_statistics(*latent_statistics(vae, clips))
     vae.register_to_config(bfloat16=config.bfloat16)
-    vae.save_pretrained(output)
+    with filling(output) as part:
+        vae.save_pretrained(part)
     logger.info("PSNR %.2f dB, of the mouth %.2f dB", *psnr(vae, held_out))
-    return vae
-
-
-def _new_vae(clips: ClipStore, config: VAEConfig) -> PuppetVAE:
-    vae = PuppetVAE()
-    vae.set_components(*principal_components(clips, config, vae.config.z_dim))
     return vae
 
 
@@ -261,7 +241,7 @@ def _validate(trainer: VAETrainer, held_out: ClipStore, loss: float) -> None:
 def _start(pixels: np.ndarray, frames: int) -> Tensor:
     """The first frames of a clip [1, n, H, W, 3] in [-1, 1], n = 1 + 4k."""
     count = (min(len(pixels), frames) - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
-    return torch.from_numpy(pixels[:count]).float()[None] / 127.5 - 1
+    return from_pixels(torch.from_numpy(pixels[:count]))[None]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stableavatar.geometry import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE, latents_to_frames
-from stableavatar.vae import regroup
+from stableavatar.vae import WanVAE, normalisation, regroup
 
 LOG_VARIANCE = -8.0
 """Where the log-variance of a latent starts: almost certain."""
@@ -211,7 +211,6 @@ class PuppetVAE(ModelMixin, ConfigMixin):
         super().__init__()
         self.encoder = Encoder(z_dim, widths, encoder_depths)
         self.decoder = Decoder(z_dim, widths, decoder_depths)
-        self.use_tiling = False
         self.set_statistics(latents_mean or [0.0] * z_dim, latents_std or [1.0] * z_dim)
 
     @torch.no_grad()
@@ -233,11 +232,6 @@ class PuppetVAE(ModelMixin, ConfigMixin):
 
     def enable_tiling(self) -> None:
         """Accepted and of no effect: a group of four frames is all that is ever held."""
-        self.use_tiling = True
-
-    def disable_tiling(self) -> None:
-        """Undoes `enable_tiling`."""
-        self.use_tiling = False
 
     def forward(self, frames: Tensor, noise: Tensor | None = None, jitter: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """One pass with gradients, for training.
@@ -314,7 +308,7 @@ class PuppetVAE(ModelMixin, ConfigMixin):
         memory = Memory()
         for latent in regroup(latents, 1, 1):
             first = not memory.frames
-            mean, std = self._statistics(latent.device)
+            mean, std = normalisation(self, latent.device)
             unnormalised = (latent.float() * std + mean).to(self.dtype)
             frames = self.decoder(unnormalised.permute(1, 2, 3, 0)[None], memory.rewind())[0].float()
             yield frames[TEMPORAL_STRIDE - 1 if first else 0 :].permute(3, 0, 1, 2).clamp(-1, 1)
@@ -327,10 +321,9 @@ class PuppetVAE(ModelMixin, ConfigMixin):
             raise ValueError(f"the VAE encodes sizes that {SPATIAL_STRIDE} divides, got {group.shape[-1]}x{group.shape[-2]}")
         with torch.autocast(group.device.type, torch.bfloat16, enabled=self.config.bfloat16):
             moments = self.moments(group.to(self.dtype).permute(1, 2, 3, 0)[None], memory.rewind())
-        mean, std = self._statistics(group.device)
+        mean, std = normalisation(self, group.device)
         return (moments[0][0].permute(3, 0, 1, 2) - mean) / std
 
-    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [16, 1, 1, 1] in float32."""
-        values = torch.tensor([self.config.latents_mean, self.config.latents_std], device=device)
-        return tuple(values.view(2, -1, 1, 1, 1))
+
+VideoVAE = WanVAE | PuppetVAE
+"""What a pipeline may encode and decode with."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from stableavatar.config import Config, setting
 from stableavatar.data.clips import IMAGES, MASKS, PROMPT, SOUND, frame_file
-from stableavatar.files import replacing
+from stableavatar.files import replacing, write_json
 from stableavatar.geometry import FPS, SAMPLE_RATE, WINDOW_FRAMES
 from stableavatar.puppet.identity import Identity, draw_identity
 from stableavatar.puppet.motion import Motion, draw_motion
@@ -127,8 +127,7 @@ def _check_settings(path: Path, config: WorldConfig) -> None:
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else wanted
     if found != wanted:
         raise ValueError(f"{path.parent} holds a world of {found}, expected {wanted}; give another output or remove it")
-    with replacing(path) as part:
-        part.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+    write_json(path, wanted)
 
 
 def write_numbered(home: Path, config: WorldConfig, number: int) -> Path:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from stableavatar.data.samples import EncodedSample, Sample
 from stableavatar.encoders import encode_audio, encode_image, encode_text
 from stableavatar.geometry import TEMPORAL_STRIDE, frames_to_latents
-from stableavatar.vae import WanVAE
+from stableavatar.media import from_pixels
+from stableavatar.puppet.vae import VideoVAE
 
 REMEMBERED = 256
 """Prompts whose text tokens are kept on the host; a data set has few."""
@@ -75,9 +76,9 @@ class SampleEncoder:
 
     def _frames(self, pixels: Tensor) -> Tensor:
         """uint8 [n, H, W, 3] -> [3, n, H, W] in [-1, 1] on the device."""
-        return (pixels.to(self.device).float() / 127.5 - 1).permute(3, 0, 1, 2)
+        return from_pixels(pixels.to(self.device)).permute(3, 0, 1, 2)
 
-    def _encode_video(self, vae: WanVAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode_video(self, vae: VideoVAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of all frames, and of the first one as the reference; only a few frames at a time are floats."""
         latents = torch.cat(list(vae.encode_stream(map(self._frames, pixels.split(TEMPORAL_STRIDE)))), dim=1)
         return latents, vae.encode_reference(self._frames(pixels[:1]), frames_to_latents(len(pixels)))

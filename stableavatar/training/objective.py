@@ -111,7 +111,7 @@ class Objective:
         """`choose_mask` with the configured shares; ones without masks."""
         if not self.config.masks:
             return torch.ones_like(masks[0])
-        return choose_mask(masks, q, self.config.face_share, self.config.lip_share)
+        return choose_mask(masks, q, self.config.face_share, self.config.lip_share, self.config.lip_weight)
 
     def losses(self, velocity: Tensor, target: Tensor, weights: Tensor) -> Losses:
         """The losses of a prediction.
@@ -133,14 +133,15 @@ class Objective:
         return Losses(loss, {name: part.detach() for name, part in parts.items()})
 
 
-def choose_mask(masks: Tensor, q: float, face_share: float, lip_share: float) -> Tensor:
+def choose_mask(masks: Tensor, q: float, face_share: float, lip_share: float, lip_weight: float = 1.0) -> Tensor:
     """The weight of each element's squared error (equation 11): the lip mask for the largest q, below it the face mask, else
-    1 + face + lips.
+    1 + face + lip_weight lips.
 
     Args:
         masks: face and lips [2, F, h, w].
         q: in 0..1.
         face_share, lip_share: parts of 0..1 for which the loss is the face's or the lips' alone.
+        lip_weight: 1 in the paper.
 
     Returns:
         [F, h, w]
@@ -148,7 +149,7 @@ def choose_mask(masks: Tensor, q: float, face_share: float, lip_share: float) ->
     face, lips = masks
     if q >= 1 - lip_share:
         return lips
-    return face if q >= 1 - lip_share - face_share else 1 + face + lips
+    return face if q >= 1 - lip_share - face_share else 1 + face + lip_weight * lips
 
 
 def make_conditions(batch: Batch, draws: list[Draws]) -> Conditions:
