@@ -16,8 +16,8 @@ from stableavatar.puppet.world import SHAPES, draw_scene
 FRAMES = 125
 SEED = 900_000
 AIM = 0.99
-SMALL_MOUTHS = 0.9
-"""Half figures in 96 pixels, and outlined ones, have mouths 5 pixels high: there the shipped weights miss the aim."""
+SMALL_MOUTHS = 0.97
+"""The mouths of half figures are 5 pixels high where they are drawn in 96: there the shipped weights miss the aim."""
 
 
 @lru_cache
@@ -62,9 +62,9 @@ def test_it_sees_what_was_drawn(shape, style, framing):
     motion, frames, lips = clip(SEED, shape, style, framing)
     seen = observe(frames)
     assert seen.found.all()
-    assert np.corrcoef(seen.aperture, motion.aperture)[0, 1] > (SMALL_MOUTHS if framing == "half" else AIM - 0.006)
+    assert np.corrcoef(seen.aperture, motion.aperture)[0, 1] > (SMALL_MOUTHS if framing == "half" else AIM)
     assert np.corrcoef(seen.width, motion.width)[0, 1] > 0.9
-    assert np.abs(seen.aperture - motion.aperture).mean() < (0.12 if framing == "half" else 0.05)
+    assert np.abs(seen.aperture - motion.aperture).mean() < 0.05
     middle = np.array([np.argwhere(mouth).mean(axis=0)[::-1] for mouth in lips])
     unit = np.linalg.norm(seen.mouth - seen.eyes, axis=1)
     assert (np.linalg.norm(seen.mouth - middle, axis=1) < 0.3 * unit).all()
@@ -74,7 +74,7 @@ def test_it_sees_what_was_drawn(shape, style, framing):
 @pytest.mark.parametrize(("style", "framing"), [("puppet", "close"), ("cartoon", "bust"), ("puppet", "half")])
 def test_it_is_not_fooled(worse, style, framing):
     motion, frames, lips = clip(SEED, "square", style, framing)
-    assert aperture_correlation(worse(frames, lips), motion) > (AIM if framing != "half" else AIM - 0.006)
+    assert aperture_correlation(worse(frames, lips), motion) > AIM
 
 
 def test_it_sees_blinks():

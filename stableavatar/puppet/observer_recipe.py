@@ -59,9 +59,9 @@ class ObserverConfig(Config):
     output: str = setting(str(WEIGHTS), "the weights to write, .safetensors; the state of the training is next to it while it runs")
     start: str = setting("", "weights to begin with, for a short finish after the renderer has changed a little; empty for fresh ones")
     seed: int = setting(0, "seed of everything", low=0, high=2**31 - 1)
-    frames: int = setting(20000, "frames drawn before the training", low=BATCH)
+    frames: int = setting(30000, "frames drawn before the training", low=BATCH)
     steps: int = setting(1500, "steps on whole frames; 0.2 to 0.3 s each on one core", low=0)
-    mouth_steps: int = setting(1500, "steps on close-ups of the mouth after them; 0.1 s each", low=0)
+    mouth_steps: int = setting(8000, "steps on close-ups of the mouth after them; 0.1 s each", low=0)
     vae: str = setting("", "folder of a VAE whose decoded clips are among those of the close-ups; empty for none")
     lr: float = setting(3e-3, "largest learning rate", low=0)
 
