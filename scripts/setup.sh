@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Makes .venv in the project's root and installs what the program needs; with the word dev also what its tests need.
+# Makes .venv in the project's root and installs what the program needs; with the word data also what data preparation needs, with dev all
+# that the tests need.
 # Running it again does nothing until the requirements change. PYTHON=/path/to/python chooses the interpreter (3.10 to 3.12).
-#   bash scripts/setup.sh [dev]
+#   bash scripts/setup.sh [data|dev]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-requirements=requirements.txt
-if [ "${1:-}" = dev ]; then requirements=requirements-dev.txt; fi
-wanted="$(cat requirements.txt "$requirements" pyproject.toml | cksum) $PWD"
+case "${1:-}" in
+    "") requirements=requirements.txt ;;
+    data | dev) requirements=requirements-$1.txt ;;
+    *) echo "error: got $1; expected data, dev or nothing" >&2; exit 2 ;;
+esac
+wanted="$(cat requirements.txt requirements-data.txt "$requirements" pyproject.toml | cksum) $PWD"
 stamp=.venv/installed-$requirements
 works() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; }
 
@@ -37,5 +41,8 @@ fi
 
 echo "Installing $requirements into .venv (the first time takes some minutes)"
 .venv/bin/python -m pip install --disable-pip-version-check --progress-bar on -r "$requirements" | sed -u -n 's/^\(Collecting [^ ]*\|Installing collected\|Downloading [^ ]*\).*/  \1/p'
+if [ "$requirements" != requirements.txt ]; then  # mediapipe and insightface bring OpenCV's windows, for which servers lack libraries
+    .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --force-reinstall opencv-python-headless
+fi
 .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e .
 echo "$wanted" >"$stamp"

@@ -19,15 +19,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see --help\n")
 
 
-def parse(description: str, config: type[C], argv: Sequence[str]) -> argparse.Namespace:
-    """The words of the command line: `config` (path or None), `words` (key=value) and `verbose`."""
+def parse(description: str, config: type[C], argv: Sequence[str], bare: str = "") -> argparse.Namespace:
+    """The words of the command line: `config` (path or None), `words` (key=value) and `verbose`.
+
+    Args:
+        bare: the setting that takes the words without =; only one that ends in .yaml is then a file of settings. Empty: there is none.
+    """
     listing = "settings, written key=value on the command line or key: value in the YAML:\n" + help_text(config())
+    named = f" [{bare.upper()} ...]" if bare else ""
     parser = Parser(description=description, epilog=listing, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    usage="python %(prog)s [CONFIG.yaml] [key=value ...] [--verbose]")
+                    usage=f"python %(prog)s [CONFIG.yaml]{named} [key=value ...] [--verbose]")
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="settings of a YAML, then single ones")
     parser.add_argument("--verbose", action="store_true", help="debug messages, and where an error came from")
     args = parser.parse_intermixed_args(argv)
-    args.config = args.words.pop(0) if args.words and "=" not in args.words[0] else None
+    first = args.words[0] if args.words else "="
+    args.config = args.words.pop(0) if "=" not in first and (not bare or first.endswith((".yaml", ".yml"))) else None
+    if bare and (loose := [word for word in args.words if "=" not in word]):
+        args.words = [word for word in args.words if "=" in word] + [f"{bare}={' '.join(loose)}"]
     return args
 
 
@@ -43,16 +51,17 @@ def set_up_logging(verbose: bool) -> None:
     logging.getLogger("stableavatar").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
-def run_program(description: str, config: type[C], run: Callable[[C], int], argv: Sequence[str]) -> int:
+def run_program(description: str, config: type[C], run: Callable[[C], int], argv: Sequence[str], bare: str = "") -> int:
     """Loads the settings and runs the program.
 
     Args:
         run: takes the settings and gives the exit code; it imports what is slow, so that --help and a misspelt key need not wait.
+        bare: the setting that takes the words without =, if there is one.
 
     Returns:
         what `run` returns; 2 for a mistake to mend (one line on stderr), 130 for an interruption.
     """
-    args = parse(description, config, argv)
+    args = parse(description, config, argv, bare)
     set_up_logging(args.verbose)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # A polite kill cleans up as Ctrl-C does.
     try:

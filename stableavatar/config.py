@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -24,7 +24,10 @@ WAN_NEGATIVE_PROMPT = (
 )
 RELEASED_TRANSFORMER = "StableAvatar-1.3B/transformer3d-square.pt"
 """The published weights that are meant where none are named."""
-EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
+            int | None: "a whole number or none", float | None: "a number or none"}
+NONE = ("none", "null")
+"""What stands for no value in a setting that may have none."""
 UNRESOLVED = re.compile(r"(\\*)\$\{")
 """Start of what omegaconf takes for an interpolation; it takes a pair of backslashes before it for one."""
 C = TypeVar("C", bound="Config")
@@ -174,6 +177,8 @@ def override(config: C, values: Mapping[str, Any]) -> C:
     for key, value in ({key: value for key, (_, value, _) in known.items()} | dict(values)).items():
         if key not in known:
             raise ValueError(f"unknown setting {key!r}; the nearest is {nearest(key, known)!r}")
+        if value in NONE and get_args(known[key][0]):
+            value = None
         try:
             # Interpolations were resolved when the file was read; a '${' that is left is meant literally.
             OmegaConf.update(tree, key, UNRESOLVED.sub(r"\1\1\\${", value) if isinstance(value, str) else value)
@@ -249,7 +254,7 @@ def help_text(config: Config) -> str:
     """One paragraph per setting: key, default, meaning, allowed values."""
     lines = []
     for key, (kind, value, limits) in settings(config).items():
-        default = "empty" if value == "" else str(value).lower() if kind is bool else value
+        default = "empty" if value == "" else str(value).lower() if kind is bool or value is None else value
         choices = f" [{' | '.join(limits.choices)}]" if limits.choices else ""
         lines += [f"  {key}  (default: {default})", f"      {limits.help}{choices}"]
     return "\n".join(lines)

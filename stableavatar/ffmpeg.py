@@ -89,22 +89,48 @@ def missing_wav_bytes(path: Path) -> int:
     return 0
 
 
-def probe_audio(path: Path) -> AudioStream:
-    """The first audio stream of an audio or video file; ValueError where it cannot be read or has none."""
+def header(path: Path, kind: str) -> str:
+    """ffmpeg's description of a file and its streams; ValueError where it cannot be read as anything (`kind` is what was hoped for)."""
     run = subprocess.run(command("-v", "info", *file_input(path)), stderr=subprocess.PIPE)
     log = run.stderr.decode(errors="replace")
     if "Input #0" not in log:
-        raise ValueError(f"cannot read audio {path}: {reason(log)}; expected a whole audio or video file")
+        expected = "video" if kind == "video" else "audio or video"
+        raise ValueError(f"cannot read {kind} {path}: {reason(log)}; expected a whole {expected} file")
+    return log
+
+
+def probe_audio(path: Path) -> AudioStream:
+    """The first audio stream of an audio or video file; ValueError where it cannot be read or has none."""
+    log = header(path, "audio")
     stream = re.search(r"Audio: .*?(\d+) Hz, ([^,\n]+)", log)
     if stream is None:
         raise ValueError(f"no audio stream in {path}; give an audio file or a video with sound")
     return AudioStream(int(stream[1]), stream[2].strip(), _promised_duration(log))
 
 
+def clock_span(path: Path, stream: str) -> tuple[float, float] | None:
+    """When a stream ("V:0", "a:0") begins and ends by the file's own clock, seconds, told by its packets; None if it has none."""
+    copy = ["-map", f"0:{stream}", "-c", "copy", "-f", "framecrc", "pipe:1"]
+    table = subprocess.run(command("-fflags", "+genpts", "-copyts", *file_input(path), *copy), capture_output=True).stdout.decode()
+    packets = [line.split(",") for line in table.splitlines() if not line.startswith("#")]
+    times = [(int(packet[2]), int(packet[2]) + int(packet[3])) for packet in packets if not _is_discarded(packet)]
+    if not times:
+        return None
+    unit = Fraction(re.search(r"#tb 0: (\S+)", table)[1])
+    return float(min(start for start, _ in times) * unit), float(max(end for _, end in times) * unit)
+
+
+def clock_start(log: str) -> float:
+    """What a file's own clock shows at its start, from where -ss counts, told by its header."""
+    start = re.search(r"Duration: .*, start: (-?[\d.]+)", log)
+    return float(start[1]) if start else 0.0
+
+
 def probe_video(path: Path) -> VideoStream:
     """The first video stream of a file, counted without decoding it; ValueError where it cannot be read, is truncated or has none."""
     copy = ["-map", "0:V:0", "-c", "copy", "-f", "framecrc", "pipe:1"]
-    run = subprocess.run(command("-v", "info", *file_input(path), *copy), capture_output=True)
+    # MPEG's program streams give some packets no time of their own.
+    run = subprocess.run(command("-v", "info", "-fflags", "+genpts", *file_input(path), *copy), capture_output=True)
     log, table = run.stderr.decode(errors="replace"), run.stdout.decode()
     if "Input #0" not in log:
         raise ValueError(f"cannot read video {path}: {reason(log)}; expected a whole video file")
@@ -116,12 +142,17 @@ def probe_video(path: Path) -> VideoStream:
         raise ValueError(f"no pictures in {path}; give a video")
     header = dict(re.findall(r"#(tb|dimensions) 0: (\S+)", table))
     width, height = (int(side) for side in header["dimensions"].split("x"))
-    turn = re.search(r"rotation of (\S+) degrees", log)
-    if turn and round(float(turn[1])) % 180:
+    if is_turned(log):
         width, height = height, width
     unit = Fraction(header["tb"])
     start = float(ticks[0] * unit)
     return VideoStream(width, height, *_grid(ticks, unit, log), start, _sound_start(log) - start)
+
+
+def is_turned(log: str) -> bool:
+    """Whether a file's description asks to turn the picture by 90 degrees to either side."""
+    turn = re.search(r"rotation of (\S+) degrees", log)
+    return bool(turn) and bool(round(float(turn[1])) % 180)
 
 
 def _is_discarded(packet: list[str]) -> bool:
@@ -143,8 +174,7 @@ def _grid(ticks: np.ndarray, unit: Fraction, log: str) -> tuple[int, float, bool
 def _sound_start(log: str) -> float:
     """Seconds from the start of a file to that of its first audio stream (whose line names its start where it is not 0)."""
     own = re.search(r"Stream #.*Audio: .*, start (-?[\d.]+)", log)
-    file = re.search(r"Duration: .*, start: (-?[\d.]+)", log)
-    return (float(own[1]) if own else 0.0) - (float(file[1]) if file else 0.0)
+    return (float(own[1]) if own else 0.0) - clock_start(log)
 
 
 def _promised_duration(log: str) -> float | None:

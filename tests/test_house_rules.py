@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stableavatar.config import InferenceConfig, load_config, settings
+from stableavatar.data.preparation.settings import PrepareConfig
 from stableavatar.puppet.ablations import AblateConfig
 from stableavatar.training.config import TrainConfig
 
@@ -26,7 +27,7 @@ PROCESS_EXCEPTIONS = {
     ("stableavatar/models/strict_loading.py", "accelerate"): "builds a model without memory for it, to be filled from disk",
 }
 
-CONFIGS = {"inference": InferenceConfig, "train": TrainConfig, "ablations": AblateConfig}
+CONFIGS = {"inference": InferenceConfig, "train": TrainConfig, "ablations": AblateConfig, "preparation": PrepareConfig}
 PROCESS_MODULES = ("torch.distributed", "accelerate", "deepspeed")
 BROAD = {"Exception", "BaseException"}
 NEWER_THAN_3_10 = {("typing", "Self"), ("typing", "Never"), ("typing", "override"), ("typing", "assert_never"), ("typing", "Unpack"),

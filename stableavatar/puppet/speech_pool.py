@@ -12,7 +12,7 @@ from torch import Tensor
 from stableavatar.geometry import SAMPLE_RATE
 from stableavatar.puppet.speech import KIND_SHARES, draw_utterance
 from stableavatar.puppet.visemes import mouth_track, phoneme_ids
-from stableavatar.puppet.workers import shared_out
+from stableavatar.workers import shared_out
 
 __all__ = ["HOP", "Batch", "Segment", "draw_segments", "training_batch"]
 

@@ -22,7 +22,7 @@ from stableavatar.puppet.motion import Motion, draw_motion
 from stableavatar.puppet.renderer import Rendered, render
 from stableavatar.puppet.speech import KIND_SHARES, Utterance, draw_utterance
 from stableavatar.puppet.visemes import mouth_track
-from stableavatar.puppet.workers import shared_out
+from stableavatar.workers import shared_out
 
 logger = logging.getLogger(__name__)
 
