@@ -176,6 +176,18 @@ def test_a_full_disk_is_told_and_the_work_goes_on_when_there_is_room(tmp_path, r
     assert len(read_manifest(out)) == 4 and (out / "problems.txt").read_text() == ""
 
 
+def test_a_raw_file_that_is_gone_costs_no_clip(tmp_path, raw):
+    out = tmp_path / "out"
+    words = [f"raw={raw}", f"out={out}", *QUICK]
+    assert main(words) == 0
+    first = prepared(out)
+    (raw / "a film.mp4").unlink()
+    assert main([word for word in words if word not in ("inventory", "voice", "manifest")] + ["clip.crf=20"]) == 1
+    now, told = prepared(out), (out / "problems.txt").read_text(encoding="utf-8")
+    kept = [name for name in first if "a-film" in name and name.endswith("mp4")]
+    assert len(kept) == 2 and all(now[name] == first[name] for name in kept) and told.count("there is no file") == 2
+
+
 def test_a_name_that_is_no_text_is_told(tmp_path, raw):
     out = tmp_path / "out"
     shutil.copy(raw / "a film.mp4", os.path.join(os.fsencode(raw), b"\xff.mp4"))
@@ -204,7 +216,9 @@ def test_what_cannot_be_written_is_told_and_done_in_the_next_run(tmp_path, raw):
      (["raw=.", "out=o", "cuts.max_seconds=5"], "at least twice"),
      (["raw=.", "out=o", "clip.buckets=10x9"], "even"), (["raw=.", "out=o", "public.name=hdtf"], "needs public.path"),
      (["raw=.", "out=o", "table=none.csv"], "cannot read the table none.csv"),
-     (["raw=.", "out=o", "classifier=a:b"], "give module:function")],
+     (["raw=.", "out=o", "classifier=a:b"], "give module:function"),
+     (["raw=.", "out=o", "faces.model=none.task"], "none.task"), (["raw=.", "out=o", "scores.syncnet=none.model"], "none.model"),
+     (["raw=.", "out=o", "voice.separator=none.onnx"], "vocal separation needs")],
 )  # fmt: skip
 def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, caplog, words, said):
     monkeypatch.chdir(tmp_path)

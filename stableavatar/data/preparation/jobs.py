@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -25,6 +26,7 @@ class Job:
         name: of the unit, as problems are reported.
         settings: digest of all that the step reads.
         work: gives the values of the record; a ValueError sets the unit aside.
+        file: the raw file that it reads; if that is gone, nothing is done, so that what there is stays.
     """
 
     units: str
@@ -33,6 +35,7 @@ class Job:
     name: str
     settings: str
     work: Callable[[], dict[str, Any]]
+    file: Path | None = None
 
 
 def run_job(job: Job, store: Store) -> str | None:
@@ -41,6 +44,8 @@ def run_job(job: Job, store: Store) -> str | None:
     Returns:
         None; or why nothing could be written (a full disk, say), one line: the job is done again in the next run.
     """
+    if job.file and not job.file.is_file():
+        return f"there is no file {job.file} any more; bring it back, or run the step inventory"
     try:
         try:
             record = Record(job.settings, job.work())

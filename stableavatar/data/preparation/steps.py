@@ -16,11 +16,12 @@ from stableavatar.data.preparation.assembly import write_problems, write_set
 from stableavatar.data.preparation.catalog import read_catalog, read_sources, take_inventory
 from stableavatar.data.preparation.clips import UNFINISHED, CropSettings, remake_clip
 from stableavatar.data.preparation.cuts import find_segments
+from stableavatar.data.preparation.faces import FaceFinder
 from stableavatar.data.preparation.inventory import hash_file
 from stableavatar.data.preparation.jobs import Job
 from stableavatar.data.preparation.labels import load_classifier, read_table, unknown_paths
 from stableavatar.data.preparation.records import ClipFolder, Source
-from stableavatar.data.preparation.settings import STEPS, FaceConfig, PrepareConfig
+from stableavatar.data.preparation.settings import STEPS, PrepareConfig
 from stableavatar.data.preparation.state import CLIPS, SOURCES, Store, digest
 from stableavatar.data.preparation.walk import CROP, CUTS, MASKS, SCORES, VOICE, Preparation, clip_name
 from stableavatar.workers import worker_pool
@@ -38,12 +39,29 @@ def prepare(config: PrepareConfig) -> int:
     store = Store(Path(config.out))
     with _alone(store), worker_pool(config.workers or len(os.sched_getaffinity(0))) as share:
         run = Preparation(config, store, share, read_table(config.table) if config.table else {})
-        if config.classifier:
-            load_classifier(config.classifier)
+        _check_models(config)
         for step in config.wanted():
             WALK[step](run)
         write_problems(run)
     return 1 if run.failed else 0
+
+
+def _check_models(config: PrepareConfig) -> None:
+    """ValueError if something that a wanted step will load is not there: it should not show after hours, nor as a fault of the clips."""
+    wanted = config.wanted()
+    if CROP in wanted and config.classifier:
+        load_classifier(config.classifier)
+    if MASKS in wanted or (CROP in wanted and config.clip.heads != "none"):
+        FaceFinder(config.faces.model, config.faces.max_faces).close()
+    # Here and below: what a step needs is slow to load, and other steps do not need it.
+    if VOICE in wanted and config.voice.separator:
+        from stableavatar.data.vocals import check_separator
+
+        check_separator(config.voice.separator)
+    if SCORES in wanted:
+        from stableavatar.data.preparation.scores import check_models
+
+        check_models(config.scores)
 
 
 @contextmanager
@@ -76,9 +94,10 @@ def find_cuts(run: Preparation) -> None:
     sources, stretches, _ = run.sources()
     config, jobs = run.config, []
     for source in sources:
-        work = partial(find_segments, source, run.raw / source.path, stretches[source.id], config.clip.fps, config.cuts)
+        path = run.raw / source.path
+        work = partial(find_segments, source, path, stretches[source.id], config.clip.fps, config.cuts)
         reads = digest(content(source), [asdict(segment) for segment in stretches[source.id]], config.clip.fps, config.cuts)
-        jobs.append(Job(SOURCES, source.id, CUTS, source.path, reads, work))
+        jobs.append(Job(SOURCES, source.id, CUTS, source.path, reads, work, path))
     run.do(CUTS, jobs)
 
 
@@ -90,35 +109,22 @@ def content(source: Source) -> dict[str, Any]:
 def crop(run: Preparation) -> None:
     """The step crop."""
     config, jobs, folders = run.config, [], {}
-    if config.clip.heads != "none":
-        check_face_model(config.faces)
     settings = CropSettings(config.clip, config.faces, config.classifier, config.kind)
     looks = config.clip, config.faces.model, config.faces.max_faces
     for segment, source in run.clips():
         kind = segment.kind or source.kind or [config.classifier, config.kind]
         reads = digest(content(source), segment.start, segment.end, segment.box, kind, *looks)
-        jobs.append(Job(CLIPS, segment.clip_id, CROP, clip_name(segment, source), reads,
-                        partial(remake_clip, segment, source, run.raw / source.path, settings, run.store)))
+        path = run.raw / source.path
+        work = partial(remake_clip, segment, source, path, settings, run.store)
+        jobs.append(Job(CLIPS, segment.clip_id, CROP, clip_name(segment, source), reads, work, path))
         if (record := run.store.read(CLIPS, segment.clip_id, CROP)) and record.values:
             folders[segment.clip_id] = run.store.out / record.values["folder"]
     run.do(CROP, jobs, folders)
 
 
-def check_face_model(config: FaceConfig) -> None:
-    """ValueError if the model of faces does not load: else that would be noted as a problem of every clip, and not be tried again."""
-    from stableavatar.data.preparation.faces import FaceFinder
-
-    FaceFinder(config.model).close()
-
-
 def hear(run: Preparation) -> None:
     """The step voice."""
-    # Here and below: what a step needs is slow to load, and other steps do not need it.
     from stableavatar.data.preparation.voice import process_voice
-    from stableavatar.data.vocals import check_separator
-
-    if run.config.voice.separator:
-        check_separator(run.config.voice.separator)
 
     def work(clip: ClipFolder) -> Callable[[], dict[str, Any]]:
         return partial(_with_sum, partial(process_voice, clip, run.config.voice), clip.folder / SOUND)
@@ -135,16 +141,14 @@ def mask(run: Preparation) -> None:
     """The step masks."""
     from stableavatar.data.preparation.masks import extract_masks
 
-    check_face_model(run.config.faces)
     _each_clip(run, MASKS, run.config.faces, (CROP,), lambda clip: partial(extract_masks, clip, run.config.faces))
 
 
 def take_scores(run: Preparation) -> None:
     """The step scores."""
     from stableavatar.data.preparation.filters import not_taken
-    from stableavatar.data.preparation.scores import check_models, score
+    from stableavatar.data.preparation.scores import score
 
-    check_models(run.config.scores)
     for line in not_taken(run.config.scores):
         logger.info("%s", line)
 
