@@ -11,7 +11,7 @@ case "${1:-}" in
     data | dev) requirements=requirements-$1.txt ;;
     *) echo "error: got $1; expected data, dev or nothing" >&2; exit 2 ;;
 esac
-wanted="$(cat requirements.txt requirements-data.txt "$requirements" pyproject.toml | cksum) $PWD"
+wanted="$(cat requirements.txt requirements-data.txt requirements-vocals.txt "$requirements" pyproject.toml | cksum) $PWD"
 stamp=.venv/installed-$requirements
 works() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; }
 
@@ -43,6 +43,9 @@ echo "Installing $requirements into .venv (the first time takes some minutes)"
 .venv/bin/python -m pip install --disable-pip-version-check --progress-bar on -r "$requirements" | sed -u -n 's/^\(Collecting [^ ]*\|Installing collected\|Downloading [^ ]*\).*/  \1/p'
 if [ "$requirements" != requirements.txt ]; then  # mediapipe and insightface bring OpenCV's windows, for which servers lack libraries
     .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --force-reinstall opencv-python-headless
+fi
+if [ "$requirements" = requirements-dev.txt ]; then
+    .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target .venv/vocals -r requirements-vocals.txt
 fi
 .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e .
 echo "$wanted" >"$stamp"
