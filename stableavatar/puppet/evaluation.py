@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from stableavatar.config import Config, InferenceConfig, load_config, override, setting
-from stableavatar.files import write_json
+from stableavatar.files import hash_file, write_json
 from stableavatar.geometry import FPS, SAMPLE_RATE, TEMPORAL_STRIDE, frames_to_latents
 from stableavatar.media import from_pixels, to_pixels
 from stableavatar.models.lora_files import parse_loras
@@ -53,7 +53,6 @@ RESAMPLES = 4000
 """Of the bootstrap."""
 WEIGHTS = (".safetensors", ".pt", ".pth")
 """Endings of files with weights."""
-READ_BYTES = 1 << 24
 CASES = 10_000
 """At most, so that no two seeds share any."""
 Values = dict[str, float | None]
@@ -296,17 +295,8 @@ def weights(config: InferenceConfig) -> str:
     digest = hashlib.sha256()
     for place in places:
         for file in [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.suffix in WEIGHTS):
-            digest.update(f"{file.relative_to(place).as_posix()} ".encode() + _content(file))
+            digest.update(f"{file.relative_to(place).as_posix()} {hash_file(file)}".encode())
     return digest.hexdigest()[:16]
-
-
-def _content(file: Path) -> bytes:
-    """Digest of a file of any size."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while part := opened.read(READ_BYTES):
-            digest.update(part)
-    return digest.digest()
 
 
 def stored(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:

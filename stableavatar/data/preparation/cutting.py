@@ -8,9 +8,8 @@ from stableavatar import ffmpeg
 from stableavatar.data.clips import SOUND, VIDEO
 from stableavatar.data.preparation.crops import ClipConfig, Crop
 from stableavatar.data.preparation.decoding import Entry, entry, grid_filter
-from stableavatar.data.preparation.inventory import hash_file
 from stableavatar.data.preparation.records import Segment, Source
-from stableavatar.files import replacing
+from stableavatar.files import hash_file, replacing
 from stableavatar.geometry import SAMPLE_RATE, frame_samples
 
 GAP = 0.02

@@ -1,6 +1,5 @@
 """What lies in the raw folder: every file that ffmpeg reads as a video with sound, and what is wrong with the others."""
 
-import hashlib
 import os
 import re
 import unicodedata
@@ -11,6 +10,7 @@ from typing import Any
 
 from stableavatar import ffmpeg
 from stableavatar.data.preparation.records import Source
+from stableavatar.files import hash_file
 
 NOT_VIDEO = re.compile(r"Input #0, (tty|image2|\w+_pipe|ico|lrc|srt|webvtt|ass)\b")
 """Formats of text and single pictures, which ffmpeg would play as films."""
@@ -20,7 +20,6 @@ TONE_MAP = (
 """Of the high range of light to that of ordinary screens: what ffmpeg's documentation of `tonemap` recommends."""
 HIGH_RANGE = ("smpte2084", "arib-std-b67")
 SLUG = 40
-CHUNK = 1 << 20
 
 
 def list_files(raw: Path, out: Path) -> Iterator[tuple[str, Path]]:
@@ -35,15 +34,6 @@ def list_files(raw: Path, out: Path) -> Iterator[tuple[str, Path]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(folder) / name for name in names if not name.startswith(".")]
     yield from sorted((path.relative_to(raw).as_posix(), path) for path in found)
-
-
-def hash_file(path: Path) -> str:
-    """Hex sha256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def source_id(name: str, sha256: str) -> str:

@@ -17,13 +17,13 @@ from stableavatar.data.preparation.catalog import read_catalog, read_sources, ta
 from stableavatar.data.preparation.clips import UNFINISHED, CropSettings, remake_clip
 from stableavatar.data.preparation.cuts import find_segments
 from stableavatar.data.preparation.faces import FaceFinder
-from stableavatar.data.preparation.inventory import hash_file
 from stableavatar.data.preparation.jobs import Job
 from stableavatar.data.preparation.labels import load_classifier, read_table, unknown_paths
 from stableavatar.data.preparation.records import ClipFolder, Source
 from stableavatar.data.preparation.settings import STEPS, PrepareConfig
 from stableavatar.data.preparation.state import CLIPS, SOURCES, Store, digest
 from stableavatar.data.preparation.walk import CROP, CUTS, MASKS, SCORES, VOICE, Preparation, clip_name
+from stableavatar.files import hash_file
 from stableavatar.workers import worker_pool
 
 logger = logging.getLogger(__name__)
