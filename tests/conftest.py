@@ -1,5 +1,6 @@
 """Tiny real models and inputs that tests share."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from make_tiny_model import tiny_pipeline, tiny_transformer  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and so would what tests start
 torch.set_flush_denormal(True)  # as the command line does: zero frames make denormals, which are slow
 
 from stableavatar.config import InferenceConfig, override  # noqa: E402
