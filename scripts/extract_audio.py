@@ -17,7 +17,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stableavatar.command_line import Parser  # noqa: E402
-from stableavatar.data.clips import SOUND, VIDEO  # noqa: E402
+from stableavatar.data.clips import SOUND, VIDEO, one_line  # noqa: E402
 from stableavatar.data.preparation.cutting import extract_sound  # noqa: E402
 
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
             bar.write(f"wrote {wav}")
         except (ValueError, OSError) as error:
             failed += 1
-            bar.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            bar.write(f"error: {one_line(error)}", file=sys.stderr)
     return 2 if failed else 0
 
 

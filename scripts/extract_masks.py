@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stableavatar.command_line import Parser  # noqa: E402
 from stableavatar.config import Config, help_text, load_config, setting  # noqa: E402
-from stableavatar.data.clips import IMAGES, MASKS, VIDEO, frame_file  # noqa: E402
+from stableavatar.data.clips import IMAGES, MASKS, VIDEO, frame_file, one_line  # noqa: E402
 from stableavatar.data.preparation.masks import FaceConfig, write_masks  # noqa: E402
 from stableavatar.data.preparation.pictures import Pictures, clip_pictures, image_pictures, video_pictures  # noqa: E402
 
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
         if args.folder_root is not None:
             clips = numbered(args.folder_root, args.start, args.end, config.fps)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     bar = tqdm(clips, "clips", delay=2, disable=len(clips) == 1)
     for folder, open_pictures in bar:
@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
             bar.write(f"{folder}: {summary(write_masks(open_pictures(), folder, config, progress=len(clips) == 1))}")
         except (ValueError, OSError) as error:
             failed += 1
-            bar.write(f"error: {folder}: {' '.join(str(error).split())}", file=sys.stderr)
+            bar.write(f"error: {folder}: {one_line(error)}", file=sys.stderr)
     return 2 if failed else 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stableavatar.command_line import Parser  # noqa: E402
+from stableavatar.data.clips import one_line  # noqa: E402
 from stableavatar.data.vocals import separate_vocals  # noqa: E402
 
 
@@ -38,7 +39,7 @@ def main() -> int:
             voice = separate_vocals(args.audio_file_path, args.audio_separator_model_file, scratch, args.device)
             shutil.move(voice, target)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print(f"wrote {target}")
     return 0

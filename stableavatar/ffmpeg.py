@@ -3,6 +3,8 @@
 import re
 import struct
 import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -62,6 +64,31 @@ def reason(log: str) -> str:
     """The first message of an ffmpeg log (the later ones follow from it), without its origin in brackets."""
     lines = [re.sub(r"^(\[[^]]*\] *)+", "", line).strip() for line in log.splitlines()]
     return next(filter(None, lines), "ffmpeg gave no reason")
+
+
+def raw_frames(arguments: Sequence[str], width: int, height: int, wrong: Callable[[int, str], str | None]) -> Iterator[np.ndarray]:
+    """Frames as they are decoded, uint8 [height, width, 3] RGB, one at a time; who stops taking them stops ffmpeg.
+
+    Args:
+        arguments: ffmpeg's, from its input to the filters that give frames of that size.
+        wrong: takes how many frames there were when they ended and the log's reason; says what is wrong with that, None if nothing.
+
+    Raises:
+        ValueError: what `wrong` says.
+    """
+    raw, size, count = ["-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:1"], width * height * 3, 0
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command(*arguments, *raw), stdout=subprocess.PIPE, stderr=log) as process:
+        try:
+            while len(pixels := process.stdout.read(size)) == size:
+                yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+                count += 1
+            process.wait()
+            log.seek(0)
+            if problem := wrong(count, reason(log.read().decode(errors="replace"))):
+                raise ValueError(problem)
+        finally:
+            process.stdout.close()
+            process.terminate()
 
 
 def existing_file(path: str | Path, kind: str) -> Path:

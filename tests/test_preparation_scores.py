@@ -262,7 +262,7 @@ def test_frames_on_another_grid() -> None:
     assert scores.nearest_frames(6, 50, 25) == [0, 2, 4] and scores.nearest_frames(3, 12.5, 25) == [0, 0, 1, 1, 2, 2]
     frames = [np.full((2, 2, 3), number) for number in range(4)]
     assert [frame[0, 0, 0] for frame in scores.repeat_frames(iter(frames), [0, 0, 2, 3, 3])] == [0, 0, 2, 3, 3]
-    assert scores.sample_frames(100, 4) == [12, 37, 62, 87] and scores.sample_frames(3, 8) == [0, 1, 2]
+    assert scores.spread(100, 4) == [12, 37, 62, 87] and scores.spread(3, 8) == [0, 1, 2]
 
 
 def test_boxes_are_known_everywhere() -> None:
@@ -367,7 +367,7 @@ def test_q_align_here_and_in_another_environment(tiny_align: Path, clip: ClipFol
     values = earlier_values(clip)
     config = ScoreConfig(samples=3, qalign=str(tiny_align), trust_remote_code=True, device="cpu")
     here = scores.score(clip, config, values)
-    light = np.mean([pixels.mean() / 255 for pixels in video_pictures(clip.folder / "sub_clip.mp4").read(scores.sample_frames(60, 3))])
+    light = np.mean([pixels.mean() / 255 for pixels in video_pictures(clip.folder / "sub_clip.mp4").read(scores.spread(60, 3))])
     assert here["quality"] == pytest.approx(1 + 4 * light, abs=1e-4) and here["aesthetics"] == pytest.approx(5 - 4 * light, abs=1e-4)
     config.qalign_python = sys.executable
     assert scores.score(clip, config, values) == here

@@ -5,9 +5,7 @@ source frame, and not more at the end of a clip than at its start.
 """
 
 import math
-import subprocess
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +26,13 @@ REORDERED = 20
 
 
 def sample_indices(clip: Clip, start: int, frames: int, fps: float) -> list[int]:
-    """Source frames shown at frames start..start + frames - 1 of the training grid: the nearest in time, the earlier of two."""
-    return [math.ceil(j * clip.fps / fps - 0.5 - ROUNDING) for j in range(start, start + frames)]
+    """Source frames shown at frames start..start + frames - 1 of the training grid."""
+    return nearest_in_time(range(start, start + frames), fps, clip.fps)
+
+
+def nearest_in_time(frames: Iterable[int], fps: float, source_fps: float) -> list[int]:
+    """For each frame of a grid the one of another grid that is nearest in time, the earlier of two."""
+    return [math.ceil(frame * source_fps / fps - 0.5 - ROUNDING) for frame in frames]
 
 
 def read_pixels(clip: Clip, indices: Sequence[int], width: int, height: int) -> Tensor:
@@ -58,22 +61,19 @@ def _checked(image: Image.Image, clip: Clip, path: Path) -> Image.Image:
 
 def _read_video(clip: Clip, indices: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
     """The same from sub_clip.mp4, in one pass from the first to the last that is wanted."""
-    first, count, size = indices[0], indices[-1] - indices[0] + 1, clip.width * clip.height * 3
-    wanted = set(indices)
-    arguments = _decode_command(clip, first, count)
-    with tempfile.TemporaryFile() as log, subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=log) as process:
-        for index in range(first, first + count):
-            if len(raw := process.stdout.read(size)) < size:
-                process.wait()
-                log.seek(0)
-                why = ffmpeg.reason(log.read().decode(errors="replace")).rstrip(".")
-                raise ValueError(f"cannot read frame {index} of {clip.folder / VIDEO}: {why}; expected {clip.frames} frames")
-            if index in wanted:
-                yield index, Image.frombytes("RGB", (clip.width, clip.height), raw)
+    first, count, wanted = indices[0], indices[-1] - indices[0] + 1, set(indices)
+
+    def wrong(there: int, why: str) -> str | None:
+        if there == count:
+            return None
+        return f"cannot read frame {first + there} of {clip.folder / VIDEO}: {why.rstrip('.')}; expected {clip.frames} frames"
+
+    frames = ffmpeg.raw_frames(_decode_arguments(clip, first, count), clip.width, clip.height, wrong)
+    return ((index, Image.fromarray(frame)) for index, frame in enumerate(frames, first) if index in wanted)
 
 
-def _decode_command(clip: Clip, first: int, count: int) -> list[str]:
-    """ffmpeg, to write `count` frames from `first` on as raw RGB.
+def _decode_arguments(clip: Clip, first: int, count: int) -> list[str]:
+    """ffmpeg's arguments for `count` frames from `first` on.
 
     An evenly spaced stream is entered shortly before the first that is wanted, any other at its start: what is shown at a time may
     have come long before.
@@ -84,8 +84,7 @@ def _decode_command(clip: Clip, first: int, count: int) -> list[str]:
     grid = f"fps={stream.fps!r}:start_time={begin - seek:.6f}"
     # One thread: a loader's workers decode side by side. -xerror: a damaged frame must not be painted over with its neighbours.
     source = ["-xerror", "-threads", "1", "-ss", f"{seek:.6f}", *ffmpeg.file_input(clip.folder / VIDEO)]
-    raw = ["-fps_mode", "passthrough", "-frames:v", str(count), "-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:1"]
-    return ffmpeg.command(*source, "-map", "0:V:0", "-vf", grid, *raw)
+    return [*source, "-map", "0:V:0", "-vf", grid, "-frames:v", str(count)]
 
 
 def read_masks(clip: Clip, indices: Sequence[int], width: int, height: int) -> Tensor:

@@ -10,7 +10,7 @@ from stableavatar.data.preparation.inventory import inspect, list_files
 from stableavatar.data.preparation.jobs import Job, run_jobs
 from stableavatar.data.preparation.records import Source
 from stableavatar.data.preparation.state import FILES, Store, digest
-from stableavatar.files import replacing
+from stableavatar.files import write_json
 from stableavatar.workers import Share
 
 logger = logging.getLogger(__name__)
@@ -40,9 +40,7 @@ def take_inventory(raw: Path, store: Store, share: Share) -> dict[str, str]:
             failed[name] = f"cannot read {path}: {error.strerror or error}"
         else:
             jobs += [] if store.is_current(FILES, job.unit, STEP, job.settings) else [job]
-    store.work.mkdir(parents=True, exist_ok=True)
-    with replacing(store.work / CATALOG) as part:
-        part.write_text(json.dumps([name for name, _ in files], ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_json(store.work / CATALOG, [name for name, _ in files])
     return failed | run_jobs(STEP, jobs, len(files) + len(unnamed) - len(failed) - len(jobs), store, share)
 
 

@@ -5,8 +5,6 @@ picture of a slower one begins at the grid's time nearest to its own and stays u
 than half a step of the grid.
 """
 
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,23 +71,9 @@ def read_frames(
     Raises:
         ValueError: nothing can be decoded.
     """
-    width, height = size
     place = entry(source, path, start)
-    chain = f"{grid_filter(source, fps, place.at)},scale={width}:{height}:flags=area"
-    raw = ["-map", "0:V:0", "-vf", chain, "-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:1"]
+    chain = f"{grid_filter(source, fps, place.at)},scale={size[0]}:{size[1]}:flags=area"
     limit = [] if frames is None else ["-frames:v", str(frames)]
-    count = 0
-    with tempfile.TemporaryFile() as log, subprocess.Popen(
-        ffmpeg.command(*place.arguments, *limit, *raw), stdout=subprocess.PIPE, stderr=log
-    ) as process:
-        try:
-            while len(pixels := process.stdout.read(width * height * 3)) == width * height * 3:
-                count += 1
-                yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
-        finally:
-            process.stdout.close()
-            process.terminate()
-            process.wait()
-        log.seek(0)
-        if not count:
-            raise ValueError(f"cannot decode video {source.path}: {ffmpeg.reason(log.read().decode(errors='replace'))}")
+    yield from ffmpeg.raw_frames([*place.arguments, *limit, "-map", "0:V:0", "-vf", chain], *size, lambda count, why: (
+        None if count else f"cannot decode video {source.path}: {why}"
+    ))

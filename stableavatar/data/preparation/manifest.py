@@ -96,7 +96,7 @@ def write_manifest(out: Path, rows: Iterable[Row], scores: Sequence[str]) -> Non
     own = ({field.name: getattr(row, field.name) for field in COLUMNS} for row in rows)
     records = [values | {name: row.scores.get(name) for name in scores} for values, row in zip(own, rows)]
     table = pa.Table.from_pylist(records, schema(scores))
-    _write(out / MANIFEST, lambda path: pq.write_table(table, path, compression="zstd"))
+    write_whole(out / MANIFEST, lambda path: pq.write_table(table, path, compression="zstd"))
     _write_lists(out, rows)
 
 
@@ -106,7 +106,7 @@ def _write_lists(out: Path, rows: Sequence[Row]) -> None:
     for bucket in sorted({*BUCKETS, *stale, *(row.bucket for row in rows)}):
         for split in SPLITS:
             named = [row.folder for row in rows if row.accepted and row.bucket == bucket and row.split == split]
-            _write(out / list_name(bucket, split), partial(_write_lines, named))
+            write_whole(out / list_name(bucket, split), partial(_write_lines, named))
 
 
 def _write_lines(lines: Sequence[str], path: Path) -> None:
@@ -118,7 +118,8 @@ def list_name(bucket: str, split: str) -> str:
     return f"{PREFIXES[split]}video_{bucket}_path.txt"
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file, whole or not at all; ValueError if it cannot be written."""
     try:
         with replacing(path) as part:
             write(part)

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from stableavatar.data.clips import MASKS, frame_file
-from stableavatar.data.preparation.pictures import Pictures, clip_pictures
+from stableavatar.data.preparation.pictures import Pictures, clip_pictures, spread
 from stableavatar.media import read_image
 
 TINTS = ((60, 140, 255), (255, 40, 60))
@@ -36,11 +36,6 @@ def contact_sheet(folder: Path, frames: int = 8, columns: int = 4, height: int =
     numbers = spread(pictures.frames, frames)
     cells = [_cell(folder, pictures, number, pixels, height) for number, pixels in zip(numbers, pictures.read(numbers))]
     return _grid(cells, columns)
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """The middles of `wanted` equal parts of `count` frames, each once."""
-    return sorted({int((part + 0.5) * count / wanted) for part in range(wanted)})
 
 
 def tint(pixels: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,7 +1,5 @@
 """The pictures of a clip one after the other, from its video or from a folder of images."""
 
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,28 +46,24 @@ class Pictures:
             yield np.asarray(image)
 
     def _read_video(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        size = self.height * self.width * 3
-        with tempfile.TemporaryFile() as log, subprocess.Popen(self._decode(indices), stdout=subprocess.PIPE, stderr=log) as process:
-            try:
-                for index in indices:
-                    if len(raw := process.stdout.read(size)) < size:
-                        process.wait()
-                        log.seek(0)
-                        why = ffmpeg.reason(log.read().decode(errors="replace")).rstrip(".")
-                        raise ValueError(f"cannot read frame {index} of {self.path}: {why}; expected {self.frames} frames")
-                    yield np.frombuffer(raw, np.uint8).reshape(self.height, self.width, 3)
-            finally:
-                process.stdout.close()
-                process.terminate()
+        def wrong(count: int, why: str) -> str | None:
+            if count == len(indices):
+                return None
+            return f"cannot read frame {indices[count]} of {self.path}: {why.rstrip('.')}; expected {self.frames} frames"
+
+        return ffmpeg.raw_frames(self._decode(indices), self.width, self.height, wrong)
 
     def _decode(self, indices: Sequence[int]) -> list[str]:
-        """ffmpeg, to write these frames as raw RGB; the grid is that of `stableavatar.data.frames`."""
+        """ffmpeg's arguments for these frames; the grid is that of `stableavatar.data.frames`."""
         chain = f"fps={self.fps!r}:start_time={self.start:.6f}"
         if len(indices) < self.frames:
             chain += ",select='" + "+".join(f"eq(n,{index})" for index in indices) + "'"
-        source = ["-xerror", "-threads", "1", *ffmpeg.file_input(self.path), "-map", "0:V:0", "-vf", chain]
-        raw = ["-fps_mode", "passthrough", "-frames:v", str(len(indices)), "-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:1"]
-        return ffmpeg.command(*source, *raw)
+        return ["-xerror", "-threads", "1", *ffmpeg.file_input(self.path), "-map", "0:V:0", "-vf", chain, "-frames:v", str(len(indices))]
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """The middles of `wanted` equal parts of `count` frames, each once."""
+    return sorted({int((part + 0.5) * count / wanted) for part in range(wanted)})
 
 
 def video_pictures(path: Path) -> Pictures:

@@ -13,9 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from tqdm import tqdm
 
-from stableavatar.data.preparation.manifest import Row
+from stableavatar.data.clips import one_line
+from stableavatar.data.preparation.manifest import Row, write_whole
 from stableavatar.data.preparation.splits import SPLITS
-from stableavatar.files import replacing
 
 REPORT = "report.html"
 SHEETS = 48
@@ -98,11 +98,7 @@ def write_report(
         problems=sorted(problems.items()),
         settings=settings,
     )
-    try:
-        with replacing(out / REPORT) as part:
-            part.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot write {out / REPORT}: {error.strerror or error}; choose a writable place with room") from None
+    write_whole(out / REPORT, lambda path: path.write_text(page, encoding="utf-8"))
 
 
 def _length(rows: Sequence[Row]) -> str:
@@ -181,7 +177,7 @@ def _sheets(out: Path, rows: Sequence[Row]) -> list[Sheet]:
             pixels = contact_sheet(out / row.folder, SHEET_FRAMES, SHEET_FRAMES, SHEET_HEIGHT)
             sheets.append(Sheet(row, _jpeg(pixels)))
         except (ValueError, OSError) as error:
-            sheets.append(Sheet(row, "", " ".join(str(error).split())))
+            sheets.append(Sheet(row, "", one_line(error)))
     return sheets
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stableavatar.data.clips import SOUND, VIDEO
+from stableavatar.data.clips import SOUND, VIDEO, one_line
+from stableavatar.data.frames import nearest_in_time
 from stableavatar.data.preparation.filters import FilterConfig, ScoreConfig, limits
-from stableavatar.data.preparation.pictures import Pictures, video_pictures
+from stableavatar.data.preparation.pictures import Pictures, spread, video_pictures
 from stableavatar.data.preparation.quality import confidence_at, cut_out, insightface_detector, sharpness, survey
 from stableavatar.data.preparation.records import ClipFolder
 from stableavatar.evaluation.aesthetics import QAlign, RemoteQAlign, check_model
@@ -74,7 +75,7 @@ def _model_at_work() -> Iterator[None]:
     try:
         yield
     except (ValueError, torch.OutOfMemoryError) as error:
-        raise OSError(" ".join(str(error).split())) from error
+        raise OSError(one_line(error)) from error
 
 
 def whole_track(boxes: Sequence[Sequence[float] | None]) -> np.ndarray:
@@ -86,7 +87,7 @@ def whole_track(boxes: Sequence[Sequence[float] | None]) -> np.ndarray:
 
 def _looks(pictures: Pictures, boxes: np.ndarray, config: ScoreConfig) -> dict[str, float]:
     """The scores of the pictures; those of models only where a model is given."""
-    seen = survey(pictures, sample_frames(pictures.frames, config.samples))
+    seen = survey(pictures, spread(pictures.frames, config.samples))
     faces = [cut_out(pixels, boxes[number]) for number, pixels in seen.samples.items()]
     scores = {
         "cuts": seen.cuts,
@@ -116,15 +117,10 @@ def _sync(pictures: Pictures, boxes: np.ndarray, clip: ClipFolder, config: Score
     return {"sync_confidence": sync.confidence, "sync_distance": sync.distance, "sync_offset": sync.offset}
 
 
-def sample_frames(frames: int, count: int) -> list[int]:
-    """At most `count` frames: the middles of as many equal parts of a clip."""
-    return sorted({int((part + 0.5) * frames / count) for part in range(count)})
-
-
 def nearest_frames(frames: int, fps: float, wanted: float) -> list[int]:
     """The frame of a clip that is shown nearest to each time of another rate, ascending."""
-    times = np.arange(max(1, round(frames / fps * wanted))) / wanted
-    return np.clip(np.ceil(times * fps - 0.5 - 1e-6), 0, frames - 1).astype(int).tolist()
+    times = range(max(1, round(frames / fps * wanted)))
+    return [min(index, frames - 1) for index in nearest_in_time(times, wanted, fps)]
 
 
 def repeat_frames(frames: Iterator[np.ndarray], shown: Sequence[int]) -> Iterator[np.ndarray]:

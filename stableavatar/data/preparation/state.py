@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from stableavatar.files import replacing
+from stableavatar.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +68,7 @@ class Store:
 
     def write(self, units: str, unit: str, step: str, record: Record) -> None:
         """Writes a record, whole or not at all."""
-        path = self.path(units, unit, step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
-            part.write_text(json.dumps(asdict(record), ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(self.path(units, unit, step), asdict(record))
 
     def is_current(self, units: str, unit: str, step: str, settings: str) -> bool:
         """Whether a step has run for a unit with these settings."""
