@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from make_tiny_model import tiny_pipeline
 
 from stableavatar.config import InferenceConfig, load_config, override
+from stableavatar.models.dit import AvatarTransformer
 from stableavatar.pipeline import StableAvatarPipeline
 from stableavatar.puppet import ablations
 from stableavatar.puppet.ablation_report import bootstrap, markdown, replace_section, summarise, write_report
@@ -126,6 +128,26 @@ def test_a_finished_training_is_not_run_again(tmp_path, monkeypatch):
     (run.folder / "checkpoints/step_000002").mkdir(parents=True)
     monkeypatch.setattr(ablations, "_launch", lambda *_: pytest.fail("it trains again"))
     assert ablations.train(run, config.recipe, 1) == run.folder / "checkpoints/step_000002/transformer"
+
+
+def test_trainings_from_a_trunk_hear_afresh(tmp_path, monkeypatch):
+    config = small(tmp_path, train="max_steps=2", variants="a:\nb: transformer.adapter=none", trunk=str(tmp_path / "trunk"))
+    run = training(config, parse_variants(config.variants)[1], 0)
+    trunk = AvatarTransformer(**json.loads(Path(config.transformer).read_text()))
+    trunk.save_pretrained(config.trunk)
+    after = training(config, parse_variants(config.variants)[1], 0)
+    assert after.folder != run.folder, "other weights make another training"
+    told = []
+    monkeypatch.setattr(ablations, "_launch", lambda words, *_: told.extend(words))
+    after.folder.mkdir(parents=True)
+    with pytest.raises(ValueError, match="did not reach step 2"):
+        ablations.train(after, config.recipe, 1)
+    assert f"transformer={after.folder}/start" in told and "scratch=" in told
+    start, weights = AvatarTransformer.from_pretrained(after.folder / "start").state_dict(), trunk.state_dict()
+    shared = [name for name in start if "audio" not in name]
+    assert shared and all(torch.equal(start[name], weights[name]) for name in shared)
+    assert not start["blocks.0.cross_attn.k_audio.weight"].any(), "a fresh one hears nothing yet"
+    assert not torch.equal(start["audio_adapter.projection.0.weight"], weights["audio_adapter.projection.0.weight"])
 
 
 def cases(*rows: list[float | None]) -> list[list[dict]]:

@@ -24,7 +24,8 @@ import torch
 import yaml
 
 from stableavatar.config import Config, InferenceConfig, load_config, override, setting, split_word
-from stableavatar.files import write_json
+from stableavatar.files import hash_file, write_json
+from stableavatar.folders import load_model
 from stableavatar.models.dit import AvatarTransformer
 from stableavatar.pipeline import StableAvatarPipeline
 from stableavatar.puppet.ablation_report import Results, plotting, write_report
@@ -32,6 +33,7 @@ from stableavatar.puppet.ablation_stretches import SHORTEST_STRETCH, Case, evalu
 from stableavatar.puppet.evaluation import EvaluateConfig, draw_scenes, evaluate_cases, inference_config, stored, weights
 from stableavatar.puppet.world import SHAPES, Scene
 from stableavatar.training.config import TrainConfig
+from stableavatar.training.parts import from_scratch
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ MEASURED = ("config", "model", "cases", "frames", "kind", "shape", "style", "fra
 """Settings of an evaluation that an experiment may choose; the others it sets itself."""
 FIRST_SEED = 9000
 """`seed` of evaluation for seed 0 of an experiment: its cases are none of those that a model is usually measured with."""
+AUDIO = "audio"
+"""In the names of all weights of a transformer that hear, and of no others."""
 NOISES = 1000
 """Between the noise of one seed's first case and that of the next's."""
 
@@ -65,6 +69,7 @@ class AblateConfig(Config):
     recipe: str = setting("configs/train/puppet.yaml", "settings of the trainings, a YAML of train.py")
     transformer: str = setting("configs/train/puppet_transformer.json", "settings of the transformer that the variants change")
     home: str = setting("runs/puppet", "what scripts/train_puppet.sh made: world, cache and parts for the trainings")
+    trunk: str = setting("", "folder of a transformer that trainings start from, with fresh weights where it hears; empty: all are fresh")
     processes: int = setting(2, "of a training", low=1)
     output: str = setting("runs/ablations", "folder of trainings and results")
     docs: str = setting("docs", "folder of ablations.md and its pictures")
@@ -101,12 +106,15 @@ class Training:
     Attributes:
         folder: of the run; its name follows from all that it depends on.
         transformer: settings of the transformer. words: of train.py. steps: after which it is finished.
+        seed: of what is fresh. trunk: folder of the transformer that the rest is of, if there is one.
     """
 
     folder: Path
     transformer: dict[str, Any]
     words: list[str]
     steps: int
+    seed: int
+    trunk: str
 
 
 def ablate(config: AblateConfig) -> None:
@@ -215,8 +223,11 @@ def training(config: AblateConfig, variant: Variant, seed: int) -> Training:
     if not settings.max_steps:
         raise ValueError("train must say max_steps: when a training is finished")
     depends = {"transformer": usual | transformer, "settings": asdict(settings), "processes": config.processes}
+    if config.trunk:
+        depends |= {"trunk": [hash_file(file) for file in sorted(Path(config.trunk).glob("*.safetensors"))]}
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:8]
-    return Training(Path(config.output) / "trainings" / f"{digest}_seed{seed}", transformer, written, settings.max_steps)
+    folder = Path(config.output) / "trainings" / f"{digest}_seed{seed}"
+    return Training(folder, transformer, written, settings.max_steps, seed, config.trunk)
 
 
 def train(run: Training, recipe: str, processes: int) -> Path:
@@ -225,18 +236,30 @@ def train(run: Training, recipe: str, processes: int) -> Path:
     if not checkpoint.exists():
         scratch = run.folder / "transformer.json"
         write_json(scratch, run.transformer)
-        words = [*run.words, f"scratch={scratch}", f"output={run.folder}", "resume=latest"]
+        start = [f"scratch={scratch}"] if not run.trunk else ["scratch=", f"transformer={_graft(run, scratch)}"]
+        words = [*run.words, *start, f"output={run.folder}", "resume=latest"]
         _launch([str(ROOT / "train.py"), recipe, *words], processes, run.folder / "train.log")
     if not checkpoint.exists():
         raise ValueError(f"the training in {run.folder} did not reach step {run.steps}; its end is in {run.folder / 'train.log'}")
     return checkpoint / "transformer"
 
 
+def _graft(run: Training, settings: Path) -> Path:
+    """A folder with the transformer that a training starts from: the trunk's weights, but for those that hear, which are fresh."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(run.seed)
+        fresh = from_scratch(settings, torch.float32)
+    trunk = load_model(AvatarTransformer, Path(run.trunk), torch.float32).state_dict()
+    fresh.load_state_dict(fresh.state_dict() | {name: tensor for name, tensor in trunk.items() if AUDIO not in name})
+    fresh.save_pretrained(run.folder / "start")
+    return run.folder / "start"
+
+
 def _launch(program: list[str], processes: int, log: Path) -> None:
     """Runs a program in some processes; if this one is interrupted they are told to stop, and awaited: train.py then saves."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "localhost"]
     command = [*launcher, "--nproc_per_node", str(processes), *program]
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))}
     with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as child:
         try:
             child.wait()
