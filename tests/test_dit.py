@@ -9,9 +9,9 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from make_tiny_model import tiny_transformer
 from peft import LoraConfig
 
-from stableavatar.geometry import latents_to_frames
+from stableavatar.geometry import AUDIO_WIDENING, audio_slices, latents_to_frames
 from stableavatar.models import kernels
-from stableavatar.models.audio_adapter import VARIANTS, slice_frames
+from stableavatar.models.audio_adapter import VARIANTS, slice_frames, slot_embedding
 from stableavatar.models.cache import KVCache
 from stableavatar.models.dit import AudioFeatures, AudioTokens, AvatarTransformer, Conditions
 from stableavatar.models.layout import TokenLayout
@@ -206,6 +206,30 @@ def test_adapter_variants_differ_where_the_tables_say(variant, make_conditions):
     assert (by_latents > 1e-4) == (variant in ("full", "no_modulation", "random_modulation"))
     names = {name for name, _ in model.named_parameters() if "audio_adapter" in name}
     assert any("modulation" in name for name in names) == (variant not in ("none", "no_modulation"))
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_only_audio_positions_tell_the_order_of_sounds(ordered, make_conditions):
+    torch.manual_seed(0)
+    model, conditions = tiny_transformer(audio_positions=ordered, mask_audio_padding=True), make_conditions(frames=1)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.cross_attn.k_audio.weight, std=0.3)
+        torch.nn.init.normal_(block.cross_attn.v_audio.weight, std=0.3)
+    sounds = torch.randn(1, 6, 32)  # all of one slice
+    conditions, backwards = (replace(conditions, audio=AudioFeatures(heard)) for heard in (sounds, sounds.flip(1)))
+    with torch.no_grad():
+        one, other = (model(noise()[:, :, :1], torch.tensor([500.0]), told, TokenLayout.full(1)) for told in (conditions, backwards))
+    assert torch.allclose(one, other, atol=1e-5) == (not ordered)
+
+
+def test_slots_count_from_where_a_slice_would_begin():
+    total, frames = 41, 6
+    tokens, lengths = slice_frames(torch.arange(float(total)).view(1, total, 1), frames)
+    told, table = slot_embedding(total, frames, tokens.shape[2], 8), slot_embedding(4000, 500, 40, 8)[250]
+    for frame, (start, _) in enumerate(audio_slices(total, latents_to_frames(frames))):
+        for place in range(lengths[frame]):
+            slot = int(tokens[0, frame, place, 0]) - (start - AUDIO_WIDENING)
+            torch.testing.assert_close(told[frame, place], table[slot])
 
 
 def test_an_unknown_variant_is_an_error():

@@ -35,6 +35,20 @@ def slice_frames(audio: Tensor, frames: int) -> tuple[Tensor, Tensor]:
     return torch.stack(slices, dim=1), torch.tensor([max(0, stop - start) for start, stop, _ in spans])
 
 
+def slot_embedding(total: int, frames: int, slots: int, dim: int) -> Tensor:
+    """Where the tokens of each slice stand in it: sines and cosines [frames, slots, dim] of their numbers, with periods from 2 to 64.
+
+    A slice that lacks its first tokens, being at the start of the audio, begins with the number of the first one that it has.
+
+    Args:
+        total: tokens of the audio; slots: of a slice.
+    """
+    missing = [max(0, AUDIO_WIDENING - start) for start, _ in audio_slices(total, latents_to_frames(frames))]
+    numbers = torch.tensor(missing).unsqueeze(1) + torch.arange(slots)
+    angles = 2 * torch.pi * numbers.unsqueeze(2) / torch.logspace(1, 6, dim // 2, base=2)
+    return torch.cat([angles.sin(), angles.cos()], dim=2)
+
+
 def _fix_modulation(module: nn.Module, values: tuple[int, ...]) -> None:
     """Replaces a learned modulation by constants, one per (shift, scale, gate) vector."""
     dim = module.modulation.shape[-1]
@@ -69,10 +83,15 @@ class AdapterBlock(nn.Module):
 
 
 class AudioAdapter(nn.Module):
-    """Projection to the DiT's width, slices per latent frame, adapter blocks, modulated output head (eq. 4)."""
+    """Projection to the DiT's width, slices per latent frame, adapter blocks, modulated output head (eq. 4).
+
+    Attributes:
+        ordered: tokens are told their place in the slice; attention alone, as in the paper, does not see in which order they come.
+    """
 
     def __init__(self, audio_dim: int, hidden_dims: tuple[int, ...], dim: int, heads: int, layers: int, eps: float, variant: str):
         super().__init__()
+        self.ordered = False
         if variant not in VARIANTS:
             raise ValueError(f"adapter '{variant}' is unknown; expected one of {', '.join(VARIANTS)}")
         widths = (audio_dim, *hidden_dims, dim)
@@ -97,6 +116,8 @@ class AudioAdapter(nn.Module):
             refined tokens [B, F, N, D] and the number of unpadded ones per frame [F].
         """
         tokens, lengths = slice_frames(self.projection(features), patches.shape[1])
+        if self.ordered:
+            tokens = tokens + slot_embedding(features.shape[1], *tokens.shape[1:]).to(tokens)
         if not self.time_aware:
             embedding, time_modulation = torch.zeros_like(embedding), torch.zeros_like(time_modulation)
         for block in self.blocks:

@@ -130,6 +130,8 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         audio_hidden_dims: widths between the audio features and `dim` ((2048,) for 14B).
         adapter: the adapter of the paper ("full") or an ablation of tables 2 and 3 (`audio_adapter.VARIANTS`).
         adapter_heads, adapter_layers: size of the adapter.
+        audio_positions: tell audio tokens their place in the slice of their frame (`audio_adapter.slot_embedding`); neither the paper nor
+            the released model does. A model that trains for hours, not weeks, hears the order of sounds only so.
         mask_audio_padding: hide the zero tokens that pad audio slices at the ends (the released model shows them).
         eps: of layer and RMS norms.
     """
@@ -158,6 +160,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         adapter: str = "full",
         adapter_heads: int = 8,
         adapter_layers: int = 2,
+        audio_positions: bool = False,
         mask_audio_padding: bool = False,
         eps: float = 1e-6,
     ) -> None:
@@ -173,6 +176,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.audio_adapter = AudioAdapter(
             audio_dim, tuple(audio_hidden_dims), dim, adapter_heads, adapter_layers, eps, adapter
         )
+        self.audio_adapter.ordered = audio_positions
         self.blocks = nn.ModuleList(Block(dim, num_heads, ffn_dim, eps, layer) for layer in range(num_layers))
         self.head = Head(dim, PATCH * PATCH * out_channels, eps)
         self.gradient_checkpointing = False
