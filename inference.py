@@ -1,6 +1,7 @@
 """A portrait and a voice become a talking video.
 
 python inference.py configs/inference/NAME.yaml reference=face.png audio=speech.wav prompt="..." output=out.mp4 [key=value ...]
+torchrun --nproc_per_node=8 inference.py ... parallel.ulysses=4 parallel.windows=2      on several GPUs (see README.md)
 """
 
 import sys

@@ -6,30 +6,34 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from stableavatar import __version__
 from stableavatar.config import InferenceConfig, flatten, override, read_yaml, settings
 from stableavatar.data.vocals import check_separator, separate_vocals
 from stableavatar.folders import check_named
-from stableavatar.geometry import round_size
+from stableavatar.geometry import frame_tokens, round_size
 from stableavatar.machine import peak_host_bytes
 from stableavatar.media import AudioTrack, VideoWriter, read_image, write_sidecar
 from stableavatar.models.lora_files import check_loras
-from stableavatar.pipeline import StableAvatarPipeline, transformer_path
+from stableavatar.parallel.launch import MISTAKES, in_step, launched, leads, own_device, together
+from stableavatar.parallel.mesh import Mesh
+from stableavatar.parallel.sequence import check_sequence
+from stableavatar.pipeline import StableAvatarPipeline, transformer_config, transformer_path
+from stableavatar.sampling.guidance import Guidance
 from stableavatar.sampling.offload import resolve_device
 from stableavatar.video_writer import check_frames_dir, sidecar_path
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "diffusers", "transformers")
-MISTAKES = (ValueError, OSError)
-"""What a user can mend; anything else is ours and keeps its traceback."""
 FULL_HOST = ("not enough memory", "can't allocate memory", "DefaultCPUAllocator")
 """torch's words for a host that is full; it has no type of its own for that."""
 
@@ -42,29 +46,57 @@ def run(config: InferenceConfig) -> int:
     """
     # The empty frames after the reference fade to denormals inside the VAE, which a CPU computes ten times slower than zeros.
     torch.set_flush_denormal(True)
-    check_model(config)
-    if config.cases:
-        return run_list(config)
-    check_inputs(config)
-    make_video(load(config), config)
+    with launched(config.parallel, config.device) as mesh:
+        config = replace(config, device=own_device(config.device))
+        together(mesh, partial(check_model, config))
+        if config.cases:
+            return run_list(config, mesh)
+        together(mesh, partial(check_case, config, mesh))
+        make_video(load(config, mesh), config)
     return 0
 
 
-def run_list(config: InferenceConfig) -> int:
+def run_list(config: InferenceConfig, mesh: Mesh | None) -> int:
     """Make the videos of all cases that can be made and report the others; the exit code. Raises ValueError as `run` does."""
     failures: list[str] = []
     ready: list[tuple[str, InferenceConfig]] = []
-    for number, row in enumerate(read_cases(config.cases), 1):
+    for number, row in enumerate(together(mesh, partial(read_cases, config.cases)), 1):
         with reported(f"case {number}", failures):
-            case = plan_case(config, row, number)
-            check_apart(case, [other for _, other in ready])
-            check_inputs(case)
-            ready.append((f"case {number}", case))
-    pipeline = load(config) if ready else None
+            ready.append((f"case {number}", together(mesh, partial(ready_case, config, row, number, [case for _, case in ready], mesh))))
+    pipeline = load(config, mesh) if ready else None
     for name, case in ready:
         with reported(name, failures):
             make_video(pipeline, case)
     return 1 if failures else 0
+
+
+def ready_case(
+    config: InferenceConfig, row: dict[str, Any], number: int, others: list[InferenceConfig], mesh: Mesh | None
+) -> InferenceConfig:
+    """Case `number` of a list, checked. Raises ValueError or OSError."""
+    case = plan_case(config, row, number)
+    check_apart(case, others)
+    check_case(case, mesh)
+    return case
+
+
+def check_case(case: InferenceConfig, mesh: Mesh | None) -> None:
+    """Find what can be found of a case's mistakes before the models load. Raises ValueError or OSError."""
+    check_inputs(case, writes=leads(mesh))
+    if mesh is not None:
+        check_shares(case)
+
+
+def check_shares(case: InferenceConfig) -> None:
+    """Raise ValueError if there is not enough to share out: attention heads, tokens of a frame, guidance passes of a step."""
+    parallel, heads = case.parallel, transformer_config(case)["num_heads"]
+    check_sequence(heads, frame_tokens(case.width, case.height), parallel.ulysses, parallel.ring)
+    scales = asdict(case.guidance)
+    scales.pop("batched")  # how passes run, not which
+    passes = max(len(Guidance(**scales).passes(step, case.steps)) for step in range(case.steps))
+    if parallel.guidance > passes:
+        raise ValueError(f"parallel.guidance={parallel.guidance} processes share the guidance passes of a step, of which "
+                         f"guidance.name={case.guidance.name} makes {passes}; use at most as many")
 
 
 @contextmanager
@@ -82,10 +114,10 @@ def memory_advice() -> Iterator[None]:
         raise ValueError("out of host memory; try memory.vae_tiling=true, dtype=bfloat16, a smaller size or shorter windows") from None
 
 
-@memory_advice()
-def load(config: InferenceConfig) -> StableAvatarPipeline:
+def load(config: InferenceConfig, mesh: Mesh | None = None) -> StableAvatarPipeline:
     """The pipeline of `config`, on its device. Raises ValueError if its files are missing or do not fit."""
-    return StableAvatarPipeline.from_config(config)
+    with in_step(mesh), memory_advice():  # processes that share weights out meet as they load
+        return StableAvatarPipeline.from_config(config, mesh)
 
 
 @contextmanager
@@ -159,12 +191,13 @@ def check_apart(case: InferenceConfig, others: list[InferenceConfig]) -> None:
             raise ValueError(f"{key} {place} is already taken by another case; give each its own")
 
 
-def check_inputs(case: InferenceConfig) -> None:
-    """Read both inputs and try the output's folder, so that mistakes show before the models load. Raises ValueError or OSError."""
+def check_inputs(case: InferenceConfig, writes: bool = True) -> None:
+    """Read both inputs and, of the process that writes, try the output's folder. Raises ValueError or OSError."""
     for key in ("reference", "audio", "output"):
         if not getattr(case, key):
             raise ValueError(f"{key} is missing; give {key}=FILE")
-    check_places(case)
+    if writes:
+        check_places(case)
     read_image(case.reference)
     with AudioTrack(case.audio):
         pass
@@ -199,27 +232,47 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from None
 
 
-@memory_advice()
 def make_video(pipeline: StableAvatarPipeline, case: InferenceConfig) -> None:
-    """Stream one case from the pipeline into its mp4, then write its sidecar JSON. Raises what the pipeline and the writer raise."""
-    started = time.perf_counter()
+    """Stream one case from the pipeline into its mp4, then write its sidecar JSON.
+
+    Of several processes the first one decodes and writes. A mistake before the denoising is all processes' alike.
+
+    Raises:
+        ValueError, OSError: what the pipeline and the writer raise.
+        Broken: that, in one of several processes that were denoising.
+    """
+    started, mesh = time.perf_counter(), pipeline.parallel
     device = resolve_device(case.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    size = {"width": round_size(case.width), "height": round_size(case.height)}
-    marks = {"seed": str(case.seed), "stableavatar": __version__}
     first, count = None, 0
-    # check_inputs has told what there is to say about these files; a voice taken out of one is new.
-    with tempfile.TemporaryDirectory() as scratch, AudioTrack(heard(case, scratch), quiet=not case.vocal_separator) as voice:
-        reference = read_image(case.reference, quiet=True)
-        with VideoWriter(case.output, **size, fps=case.fps, sound=case.audio, metadata=marks, frames_dir=case.frames_dir or None) as writer:
+    with ExitStack() as stack:
+        reference, voice, writer = together(mesh, partial(open_case, case, mesh, stack))
+        with in_step(mesh), memory_advice():
             for frames in pipeline.stream(reference=reference, audio=voice, prompt=case.prompt, config=case):
                 first = first or time.perf_counter() - started
                 writer.write(frames)
                 count += len(frames)
+    if not leads(mesh):
+        return
     timings = {"first_frames_seconds": first, "total_seconds": time.perf_counter() - started}
     write_sidecar(case.output, record(case, device, count, timings))
     log.info("%s: %d frames, %.2f s of video in %.1f s", case.output, count, count / case.fps, timings["total_seconds"])
+
+
+def open_case(case: InferenceConfig, mesh: Mesh | None, stack: ExitStack) -> tuple[Image.Image, AudioTrack, VideoWriter | None]:
+    """The portrait, the voice and, for the process that writes, the video; what has to be closed goes onto `stack`."""
+    # check_inputs has told what there is to say about these files; a voice taken out of one is new.
+    scratch = stack.enter_context(tempfile.TemporaryDirectory())
+    voice = stack.enter_context(AudioTrack(heard(case, scratch), quiet=not case.vocal_separator))
+    reference, writer = read_image(case.reference, quiet=True), None
+    if leads(mesh):
+        size = {"width": round_size(case.width), "height": round_size(case.height)}
+        marks = {"seed": str(case.seed), "stableavatar": __version__}
+        frames_dir = case.frames_dir or None
+        writer = VideoWriter(case.output, **size, fps=case.fps, sound=case.audio, metadata=marks, frames_dir=frames_dir)
+        stack.enter_context(writer)
+    return reference, voice, writer
 
 
 def heard(case: InferenceConfig, scratch: str) -> str | Path:

@@ -16,7 +16,8 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, without the usage."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message}; see --help\n")
+        line = f"error: {message}; see --help\n"
+        self.exit(2, line if _first_to_say(line) else None)
 
 
 def parse(description: str, config: type[C], argv: Sequence[str], bare: str = "") -> argparse.Namespace:
@@ -39,11 +40,22 @@ def parse(description: str, config: type[C], argv: Sequence[str], bare: str = ""
     return args
 
 
+def _first_to_say(line: str) -> bool:
+    """Whether a line is this process's to say: of those that a launcher starts together, one says what all of them find."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    from stableavatar.parallel.launch import first_to_say
+
+    return first_to_say(line)
+
+
 def set_up_logging(verbose: bool) -> None:
-    """Messages go to stdout, errors alone to stderr."""
+    """Messages go to stdout, errors alone to stderr; of processes that work together the first alone has messages, unless `verbose`."""
     messages, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
-    messages.addFilter(lambda entry: entry.levelno < logging.ERROR)
+    others = logging.ERROR if int(os.environ.get("RANK", 0)) and not verbose else logging.NOTSET
+    messages.addFilter(lambda entry: others <= entry.levelno < logging.ERROR)
     errors.setLevel(logging.ERROR)
+    errors.addFilter(lambda entry: _first_to_say(entry.getMessage()))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[messages, errors])
     logging.captureWarnings(True)
     if not verbose:  # The libraries' remarks on how they load; what matters to a user is checked and said by us.
@@ -65,10 +77,11 @@ def run_program(description: str, config: type[C], run: Callable[[C], int], argv
     set_up_logging(args.verbose)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # A polite kill cleans up as Ctrl-C does.
     try:
-        return run(load_config(config, args.config, args.words))
-    except (ValueError, OSError) as error:
-        logger.error("error: %s", " ".join(str(error).split()))
-        logger.debug("where it happened", exc_info=True)
-        return 2
-    except KeyboardInterrupt:
+        try:
+            return run(load_config(config, args.config, args.words))
+        except (ValueError, OSError) as error:
+            logger.error("error: %s", " ".join(str(error).split()))
+            logger.debug("where it happened", exc_info=True)
+            return 2
+    except KeyboardInterrupt:  # also while another process says what this one had to say
         return 130

@@ -26,6 +26,8 @@ RELEASED_TRANSFORMER = "StableAvatar-1.3B/transformer3d-square.pt"
 """The published weights that are meant where none are named."""
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
             int | None: "a whole number or none", float | None: "a number or none"}
+RING_BACKENDS = ("native", "_native_flash")
+"""Attention backends that a ring stands for: its own kernels are torch's flash attention where that runs."""
 NONE = ("none", "null")
 """What stands for no value in a setting that may have none."""
 UNRESOLVED = re.compile(r"(\\*)\$\{")
@@ -92,6 +94,26 @@ class MemoryConfig:
 
 
 @dataclass
+class ParallelConfig:
+    windows: int = setting(1, "processes that share a long video's windows: next to no traffic", low=1, fixed=True)
+    guidance: int = setting(1, "processes that share the guidance passes of a step", low=1, fixed=True)
+    ring: int = setting(1, "processes that share a window's tokens, passing keys and values around", low=1, fixed=True)
+    ulysses: int = setting(1, "processes that share a window's tokens, exchanging heads; neighbours inside a machine", low=1, fixed=True)
+    shard: bool = setting(False, "a process keeps 1 / (ring x ulysses) of the weights of transformer and text encoder", fixed=True)
+    offload: bool = setting(False, "with shard: keep that part on the host", fixed=True)
+
+    @property
+    def processes(self) -> int:
+        """Processes that all of it needs."""
+        return math.prod((self.windows, self.guidance, self.ring, self.ulysses))
+
+    def __str__(self) -> str:
+        """The sizes as a user writes them, those of 1 left out."""
+        sizes = {name: getattr(self, name) for name in ("windows", "guidance", "ring", "ulysses")}
+        return " ".join(f"parallel.{name}={size}" for name, size in sizes.items() if size > 1) or "parallel.ulysses=1"
+
+
+@dataclass
 class InferenceConfig(Config):
     """The settings of inference.py."""
 
@@ -134,9 +156,10 @@ class InferenceConfig(Config):
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     windows: WindowConfig = field(default_factory=WindowConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def check(self) -> None:
-        """Raise ValueError if guidance would end before it starts or windows do not move forward."""
+        """Raise ValueError if guidance would end before it starts, windows do not move forward, or processes would not go together."""
         if self.guidance.start > self.guidance.end:
             raise ValueError(f"guidance.start must not exceed guidance.end, got {self.guidance.start} and {self.guidance.end}")
         if (self.windows.frames - 1) % TEMPORAL_STRIDE:
@@ -146,6 +169,24 @@ class InferenceConfig(Config):
             raise ValueError(f"windows.overlap must be smaller than the window of {length} latent frames, got {self.windows.overlap}")
         if self.windows.strategy == "motion_frame" and not self.windows.overlap:
             raise ValueError("windows.strategy=motion_frame needs windows.overlap of at least 1: the frames that a clip goes on from")
+        self._check_parallel()
+
+    def _check_parallel(self) -> None:
+        """Raise ValueError if settings do not go with the processes that are asked for."""
+        parallel = self.parallel
+        if parallel.windows > 1 and self.windows.strategy == "motion_frame":
+            raise ValueError(f"windows.strategy=motion_frame makes clip after clip, which parallel.windows={parallel.windows} cannot share "
+                             "out; use parallel.ulysses or parallel.guidance")
+        if parallel.ring > 1 and self.attention not in RING_BACKENDS:
+            raise ValueError(f"parallel.ring={parallel.ring} needs attention's log-sum-exp, which attention={self.attention} lacks; "
+                             f"use attention={RING_BACKENDS[0]}, or parallel.ulysses")
+        if parallel.offload and not parallel.shard:
+            raise ValueError("parallel.offload=true keeps a process's part of the weights on the host; it needs parallel.shard=true")
+        if parallel.shard and parallel.ring * parallel.ulysses == 1:
+            raise ValueError("parallel.shard=true deals weights out to parallel.ulysses x parallel.ring processes; give them 2 at least")
+        if parallel.shard and (self.memory.mode != "full" or self.memory.fp8):
+            raise ValueError(f"parallel.shard=true moves weights itself and does not go with memory.mode={self.memory.mode} "
+                             f"memory.fp8={str(self.memory.fp8).lower()}; use parallel.offload=true with memory.mode=full memory.fp8=false")
 
 
 def settings(config: Any) -> dict[str, tuple[type, Any, Limits]]:

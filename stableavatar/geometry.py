@@ -52,6 +52,11 @@ def round_size(size: int) -> int:
     return max(SIZE_MULTIPLE, (size + SIZE_MULTIPLE // 2) // SIZE_MULTIPLE * SIZE_MULTIPLE)
 
 
+def frame_tokens(width: int, height: int) -> int:
+    """Tokens of a latent frame of a video of some size in pixels, rounded as `round_size` does."""
+    return round_size(width) // SIZE_MULTIPLE * (round_size(height) // SIZE_MULTIPLE)
+
+
 def audio_slices(tokens: int, frames: int) -> list[tuple[int, int]]:
     """Inclusive ranges of audio feature tokens, one per latent frame, before widening (may leave the audio).
 

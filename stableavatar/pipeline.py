@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,29 +16,36 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from stableavatar import __version__, geometry
-from stableavatar.config import RELEASED_TRANSFORMER, InferenceConfig, validate
+from stableavatar.config import RELEASED_TRANSFORMER, InferenceConfig, flatten, validate
 from stableavatar.encoders import encode_audio, encode_image, encode_text
-from stableavatar.folders import load_folder, load_model
+from stableavatar.folders import library_errors, load_folder, load_model
 from stableavatar.media import AudioTrack, fit_image, read_image, to_pixels
 from stableavatar.models.dit import AvatarTransformer
 from stableavatar.models.kernels import check_backend
 from stableavatar.models.lora import merge_files
 from stableavatar.models.lora_files import parse_loras
-from stableavatar.models.weights import load_released, load_transformer
+from stableavatar.models.weights import BASE_CONFIG_FILE, load_released, load_transformer, read_base_config
+from stableavatar.parallel.apply import apply_parallel
+from stableavatar.parallel.guidance import share_passes
+from stableavatar.parallel.launch import leads, together
+from stableavatar.parallel.mesh import Mesh
+from stableavatar.parallel.resume import SharedRunStore
+from stableavatar.parallel.windows import share_windows
 from stableavatar.puppet.vae import VideoVAE
 from stableavatar.sampling.conditioning import Conditioning, reference_channels
 from stableavatar.sampling.denoise import GuidedVelocity, SlidingWindows, denoise_motion_frames, denoise_windows
 from stableavatar.sampling.flow import make_scheduler
 from stableavatar.sampling.guidance import Guidance, Text
-from stableavatar.sampling.offload import mode_for, place, resolve_device, resolve_dtype
+from stableavatar.sampling.offload import resolve_device, resolve_dtype
 from stableavatar.sampling.resume import NO_RUN_STORE, NoRunStore, RunStore
 from stableavatar.sampling.step_cache import StepCache
 from stableavatar.sampling.windows import Window, WindowPlan
 
 logger = logging.getLogger(__name__)
 
-# Settings that say where results go or how often they are saved, not what they are.
-UNRELATED_TO_RESULT = {"output", "frames_dir", "cases", "work_dir", "save_every", "reference", "audio"}
+# Settings and sections that say where results go, how often they are saved, in which order and by how many processes they are
+# made, not what they are.
+UNRELATED_TO_RESULT = {"output", "frames_dir", "cases", "work_dir", "save_every", "reference", "audio", "windows.order", "parallel"}
 
 
 def _check_widths(
@@ -65,6 +73,20 @@ def transformer_path(config: InferenceConfig) -> Path:
     return Path(config.checkpoints) / (config.transformer or RELEASED_TRANSFORMER)
 
 
+def transformer_config(config: InferenceConfig) -> dict[str, Any]:
+    """The transformer's settings as its config.json has them, without loading weights.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not config.model:
+        return read_base_config(Path(config.checkpoints) / config.base / BASE_CONFIG_FILE)
+    path = transformer_path(config)
+    folder = path if path.is_dir() else Path(config.model) / "transformer"
+    with library_errors(f"the model in {folder}"):
+        return AvatarTransformer.load_config(folder, local_files_only=True)
+
+
 def _weight_files(config: InferenceConfig) -> list[str]:
     """Size and time of the transformer's and LoRA files: a run does not go on with other weights under the same name."""
     path = transformer_path(config)
@@ -82,6 +104,10 @@ class StableAvatarPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->audio_encoder->transformer->vae"
+    parallel: Mesh | None = None
+    """The processes that make a video together; each of them has its own pipeline and calls the same methods."""
+    runs_on: torch.device | None = None
+    """Where models run, if their weights do not tell: those that are dealt out may lie on the host."""
 
     def __init__(
         self,
@@ -125,8 +151,8 @@ class StableAvatarPipeline(DiffusionPipeline):
         return cls(**load_released(Path(checkpoints), transformer, base, wav2vec, dtype))
 
     @classmethod
-    def from_config(cls, config: InferenceConfig) -> "StableAvatarPipeline":
-        """Loaded, placed and tuned as the settings say."""
+    def from_config(cls, config: InferenceConfig, mesh: Mesh | None = None) -> "StableAvatarPipeline":
+        """Loaded, placed and tuned as the settings say, as one of the processes of `mesh`."""
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
         check_backend(config.attention, device, dtype)
@@ -136,11 +162,12 @@ class StableAvatarPipeline(DiffusionPipeline):
             pipe = cls.from_released(config.checkpoints, config.transformer or RELEASED_TRANSFORMER, config.base, config.wav2vec, dtype)
         if loras := parse_loras(config.lora):
             merge_files(pipe.transformer, loras)
-        place(pipe, mode_for(config.memory, device), device)
-        pipe.transformer.set_attention_backend(config.attention)
-        if config.compile:
-            pipe.transformer.compile_repeated_blocks()
+        apply_parallel(pipe, config, device, mesh)
         return pipe
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.runs_on or super()._execution_device
 
     @classmethod
     def _from_folder(cls, config: InferenceConfig, dtype: torch.dtype) -> "StableAvatarPipeline":
@@ -175,21 +202,36 @@ class StableAvatarPipeline(DiffusionPipeline):
             config: size, sampling, guidance, windows and resuming. What concerns files and loading (reference, audio, prompt, output,
                 model, device, memory, ...) is not read here.
 
-        Yields:
-            [n, H, W, 3] uint8
+        Returns:
+            parts [n, H, W, 3] uint8; encoding is done, the rest happens as they are asked for. Of several processes the first one gets them
+            and all ask, to take part in the denoising.
+
+        Raises:
+            ValueError: settings, inputs or a work_dir that cannot be used.
         """
         config = config or InferenceConfig()
         validate(config)
         with ExitStack() as stack:
-            if not isinstance(audio, AudioTrack):
-                audio = stack.enter_context(AudioTrack(audio))
-            image = reference.convert("RGB") if isinstance(reference, Image.Image) else read_image(reference)
-            width, height = self.frame_size(config)
-            pixels = fit_image(image, width, height, config.fit)
-            frames = self.frame_count(audio, config)
-            conditioning = self.encode(pixels, audio, prompt, frames, config)
-            latents = self.denoise(conditioning, frames, config, self._run_store(pixels, audio, prompt, config))
-            bar = stack.enter_context(self.progress_bar(total=frames))
+
+            def prepare() -> tuple[AudioTrack, Tensor, int, Conditioning]:
+                track = audio if isinstance(audio, AudioTrack) else stack.enter_context(AudioTrack(audio))
+                image = reference.convert("RGB") if isinstance(reference, Image.Image) else read_image(reference)
+                pixels, frames = fit_image(image, *self.frame_size(config), config.fit), self.frame_count(track, config)
+                return track, pixels, frames, self.encode(pixels, track, prompt, frames, config)
+
+            track, pixels, frames, conditioning = together(self.parallel, prepare)
+            store = together(self.parallel, partial(self._run_store, pixels, track, prompt, config))
+            latents = self.denoise(conditioning, frames, config, store)
+            return self._frames(latents, frames, stack.pop_all())
+
+    def _frames(self, latents: Iterator[Tensor], frames: int, inputs: ExitStack) -> Iterator[Tensor]:
+        """The frames that latents decode to, on the first process; the others denoise with it and decode nothing."""
+        with inputs:
+            if not leads(self.parallel):
+                for _ in latents:
+                    pass
+                return
+            bar = inputs.enter_context(self.progress_bar(total=frames))
             bar.set_description("decode")
             yield from self._decode(latents, frames, bar.update)
 
@@ -246,6 +288,8 @@ class StableAvatarPipeline(DiffusionPipeline):
     ) -> Iterator[Tensor]:
         """Finished latents [16, n, h, w] from the first to the last, float32 on the host.
 
+        Where several processes share the windows, only the first of them gets the latents; the others must run through this, too.
+
         Args:
             frames: pixel frames of the video.
         """
@@ -254,21 +298,23 @@ class StableAvatarPipeline(DiffusionPipeline):
         with self.progress_bar(total=len(plan) * config.steps) as bar:
             bar.set_description("denoise")
             if config.windows.strategy == "motion_frame":
+                assert self.parallel is None or self.parallel.size("windows") == 1, "a clip waits for the one before"
                 start = partial(self._start, config)
                 yield from denoise_motion_frames(plan, start, conditioning, self._continue_reference, store, bar.update)
             else:
                 windows, velocity = self._start(config, conditioning, plan)
-                yield from denoise_windows(windows, velocity, config.windows.order, store, bar.update)
+                yield from denoise_windows(windows, velocity, store, bar.update)
 
     def _start(self, config: InferenceConfig, conditioning: Conditioning, plan: WindowPlan) -> tuple[SlidingWindows, GuidedVelocity]:
         """Fresh noise, solvers and guidance for a plan."""
         scheduler = make_scheduler(config.solver, config.steps, config.shift)
         guidance = asdict(config.guidance)
         batched = guidance.pop("batched")
-        cache = StepCache(config.step_cache, config.steps)
-        velocity = GuidedVelocity(self.transformer, conditioning, Guidance(**guidance), scheduler.timesteps, cache, batched)
+        cache, shares = StepCache(config.step_cache, config.steps), share_passes(self.parallel)
+        velocity = GuidedVelocity(self.transformer, conditioning, Guidance(**guidance), scheduler.timesteps, cache, batched, shares)
         shape = (geometry.LATENT_CHANNELS, *conditioning.reference.shape[-2:])
-        return SlidingWindows(plan, scheduler, shape, config.seed, velocity), velocity
+        crew = share_windows(self.parallel, plan, config.windows.order, shape)
+        return SlidingWindows(crew, scheduler, shape, config.seed, velocity), velocity
 
     def _continue_reference(self, clip: Tensor, overlap: int) -> Tensor:
         """Reference channels of a clip that goes on from the last `overlap` latent frames of `clip` [16, F, h, w]."""
@@ -300,7 +346,9 @@ class StableAvatarPipeline(DiffusionPipeline):
         sound = hashlib.sha256()
         for start in range(0, audio.samples, geometry.SAMPLE_RATE):
             sound.update(audio.read(start, start + geometry.SAMPLE_RATE).tobytes())
-        settings = {key: value for key, value in asdict(config).items() if key not in UNRELATED_TO_RESULT}
+        related = (item for item in flatten(asdict(config)) if not {item[0], item[0].partition(".")[0]} & UNRELATED_TO_RESULT)
         inputs = {"reference": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), "audio": sound.hexdigest()}
         versions = {"version": __version__, "torch": torch.__version__, "weights": _weight_files(config)}
-        return RunStore(Path(config.work_dir), settings | inputs | versions | {"prompt": prompt}, config.save_every)
+        identity = dict(related) | inputs | versions | {"prompt": prompt}
+        store = RunStore(Path(config.work_dir), identity, config.save_every) if leads(self.parallel) else NO_RUN_STORE
+        return store if self.parallel is None else SharedRunStore(store, self.parallel)

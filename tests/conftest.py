@@ -13,6 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from crew import Crew  # noqa: E402
 from make_tiny_model import tiny_pipeline, tiny_transformer  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and so would what tests start
@@ -95,3 +96,11 @@ def settings():
         return override(InferenceConfig(), base | {key.replace("__", "."): value for key, value in values.items()})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def crew():
+    """Processes for tests of several: crew.run(processes, function, *args)."""
+    together = Crew()
+    yield together
+    together.dismiss()

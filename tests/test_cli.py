@@ -134,7 +134,7 @@ def test_a_mistake_is_one_line_before_any_weights_load(desk, caplog, monkeypatch
     (desk / "sound.mp4").write_bytes((desk / "voice.wav").read_bytes())
     (desk / "link.mp4").symlink_to("sound.mp4")
     before = sorted(desk.rglob("*"))
-    monkeypatch.setattr(StableAvatarPipeline, "from_config", lambda config: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(StableAvatarPipeline, "from_config", lambda *_: pytest.fail("weights were loaded"))
     assert inference.main(words("anything", *word.split())) == 2
     (line,) = errors(caplog)
     assert message in line and "\n" not in line
@@ -164,7 +164,7 @@ def test_a_list_of_cases_goes_on_after_a_bad_one(desk, model, caplog, monkeypatc
         "face.png,voice.wav,Four,one.mp4,,\n"
     )
     loads, load = [], StableAvatarPipeline.from_config
-    monkeypatch.setattr(StableAvatarPipeline, "from_config", lambda config: loads.append(1) or load(config))
+    monkeypatch.setattr(StableAvatarPipeline, "from_config", lambda *given: loads.append(1) or load(*given))
     assert inference.main(words(model, "cases=list.csv", "frames_dir=frames")) == 1
     two, four = errors(caplog)
     assert two.startswith("case 2: ") and "none.png" in two and four.startswith("case 4: ") and "one.mp4" in four
@@ -191,7 +191,7 @@ def test_a_yaml_list_whose_cases_are_all_good(desk, model):
 )
 def test_a_bad_row_is_reported(desk, caplog, monkeypatch, row, message):
     (desk / "list.yaml").write_text(f"- {row}\n")
-    monkeypatch.setattr(StableAvatarPipeline, "from_config", lambda config: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(StableAvatarPipeline, "from_config", lambda *_: pytest.fail("weights were loaded"))
     assert inference.main(words("anything", "cases=list.yaml")) == 1
     (line,) = errors(caplog)
     assert line.startswith(message)

@@ -489,7 +489,7 @@ def test_mistakes_show_before_any_weights_load(tiny_folder, portrait, tmp_path, 
     monkeypatch.chdir(tmp_path)
     soundfile.write("voice.wav", torch.rand(3000).numpy() - 0.5, 16_000)
     save_file({"a.weight": torch.zeros(1)}, "other.safetensors")
-    monkeypatch.setattr(StableAvatarPipeline, "from_config", lambda config: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(StableAvatarPipeline, "from_config", lambda *_: pytest.fail("weights were loaded"))
     assert inference.main(words(f"model={tiny_folder}", f"reference={portrait}", word)) == 2
     (line,) = [entry.getMessage() for entry in caplog.records if entry.levelno >= logging.ERROR]
     assert message in line and "\n" not in line

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stableavatar.sampling.conditioning import Conditioning, reference_channels
+from stableavatar.sampling.crew import Crew
 from stableavatar.sampling.denoise import GuidedVelocity, SlidingWindows, denoise_windows
 from stableavatar.sampling.flow import SOLVERS, Solver, frame_noise, make_scheduler
 from stableavatar.sampling.guidance import STRATEGIES, Audio, Guidance, Text
@@ -87,8 +88,8 @@ class Field:
 def run(plan, order="step_major", solver="euler", steps=4, store=None):
     scheduler = make_scheduler(solver, steps, 5.0)
     velocity = Field(scheduler.timesteps)
-    windows = SlidingWindows(plan, scheduler, (2, 4, 4), 7, velocity)
-    return denoise_windows(windows, velocity, order, *([store] if store else []))
+    windows = SlidingWindows(Crew(plan, order), scheduler, (2, 4, 4), 7, velocity)
+    return denoise_windows(windows, velocity, *([store] if store else []))
 
 
 def algorithm_1(plan, steps=4):
@@ -226,7 +227,7 @@ def test_audio_is_encoded_once_per_window_and_let_go():
     plan, scheduler = WindowPlan.sliding(17, 5, 2), make_scheduler("euler", 4, 5.0)
     inputs = conditioning(encode)
     velocity = GuidedVelocity(Counter(), inputs, Guidance("cfg"), scheduler.timesteps, StepCache(0, 4))
-    list(denoise_windows(SlidingWindows(plan, scheduler, (16, 4, 4), 0, velocity), velocity, "wavefront"))
+    list(denoise_windows(SlidingWindows(Crew(plan, "wavefront"), scheduler, (16, 4, 4), 0, velocity), velocity))
     assert sorted(asked) == list(plan.windows) and not inputs._features
 
 
@@ -234,8 +235,8 @@ def cached(threshold, steps=12, order="step_major"):
     model, plan, scheduler = Counter(), WindowPlan.sliding(17, 5, 2), make_scheduler("euler", steps, 5.0)
     cache = StepCache(threshold, steps)
     velocity = GuidedVelocity(model, conditioning(), Guidance("cfg"), scheduler.timesteps, cache)
-    windows = SlidingWindows(plan, scheduler, (16, 4, 4), 0, velocity)
-    return torch.cat(list(denoise_windows(windows, velocity, order)), dim=1), model.rows, cache
+    windows = SlidingWindows(Crew(plan, order), scheduler, (16, 4, 4), 0, velocity)
+    return torch.cat(list(denoise_windows(windows, velocity)), dim=1), model.rows, cache
 
 
 def test_step_cache_saves_work_and_stays_close():

@@ -1,22 +1,15 @@
-"""train.py from clip folders to checkpoints: exact resume, cached = online, several processes = one, LoRA, what stops a run."""
+"""train.py from clip folders to checkpoints: exact resume, cached = online, LoRA, what stops a run."""
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from clip_files import make_clip
-from safetensors.torch import load_file
+from train_runs import attempt, clip_list, finish, losses, metrics, run, start, tiny_words, video_words, wait_for_step, weights
 
-import train
 from stableavatar.config import load_config
 from stableavatar.media import AudioTrack
 from stableavatar.models.dit import AvatarTransformer
@@ -24,76 +17,18 @@ from stableavatar.models.lora import merge_files
 from stableavatar.models.weights import load_transformer
 from stableavatar.training.caching import write_cache
 from stableavatar.training.config import TrainConfig
-from stableavatar.training.report import read_metrics
-
-ROOT = Path(__file__).parents[1]
-TINY = ["device=cpu", "dtype=float32", "what=all", "data.sizes=32x32", "data.frames=9", "data.workers=0", "optimizer.lr=1e-3",
-        "optimizer.warmup=2", "optimizer.clip=1", "checkpoint.dtype=float32", "checkpoint.every=100", "log.tensorboard=false"]
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """The path list of five clips of 12 frames and more."""
-    folder = tmp_path_factory.mktemp("clips")
-    names = [make_clip(folder / "square" / "speech" / f"{number:05d}", frames=12 + number) for number in range(5)]
-    (folder / "list.txt").write_text("\n".join(map(str, names)))
-    return folder / "list.txt"
+    """The path list of five clips."""
+    return clip_list(tmp_path_factory.mktemp("clips"))
 
 
 @pytest.fixture
 def words(tiny_folder, clips) -> list[str]:
     """Settings of a tiny run."""
-    return [f"model={tiny_folder}", f"data.lists={clips}", *TINY]
-
-
-def run(words: list[str], output: Path, *more: str) -> list[dict]:
-    """A run in this process; its figures, step by step."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    assert train.main([*words, f"output={output}", *more]) == 0
-    return metrics(output)
-
-
-def start(words: list[str], output: Path, *more: str, strategy: str = "") -> subprocess.Popen:
-    """A run in a process of its own, or in two as a configuration of accelerate_config/ says."""
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"accelerate_config/{strategy}.yaml"),
-                "--num_processes", "2", "--main_process_port", str(free_port())]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"} | ({"OMP_NUM_THREADS": "1"} if strategy else {})
-    program = [sys.executable, *(launcher if strategy else []), str(ROOT / "train.py")]
-    return subprocess.Popen([*program, *words, f"output={output}", *more], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == code, text[-3000:]
-    return text
-
-
-def metrics(output: Path) -> list[dict]:
-    return read_metrics(output / "metrics.jsonl")
-
-
-def losses(figures: list[dict]) -> list[float]:
-    return [line["loss"] for line in figures if "loss" in line]
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    last = sorted((output / "checkpoints").glob("step_*"))[-1]
-    return load_file(last / "state" / "trained.safetensors")
-
-
-def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
-    """Waits until a run has gone past a step."""
-    while process.poll() is None and not any(line["step"] >= step for line in metrics(output)):
-        time.sleep(0.02)
-    assert process.poll() is None, process.communicate()[0][-3000:]
+    return tiny_words(tiny_folder, clips)
 
 
 def test_a_run_writes_what_it_promises(words, tmp_path):
@@ -118,7 +53,7 @@ def test_a_killed_run_goes_on_exactly(words, tmp_path):
     whole = run(words, tmp_path / "whole", "max_steps=20", "optimizer.ema=0.9", "objective.motion=0.2")
     settings = ["checkpoint.every=2", "max_steps=20", "optimizer.ema=0.9", "objective.motion=0.2", "resume=latest", "data.workers=1"]
     for step in (3, 6):
-        process = start(words, tmp_path / "cut", *settings)
+        process = start(*words, *settings, f"output={tmp_path / 'cut'}")
         wait_for_step(process, tmp_path / "cut", step)
         process.kill()
         process.communicate()
@@ -131,7 +66,7 @@ def test_a_killed_run_goes_on_exactly(words, tmp_path):
 
 
 def test_a_cluster_s_signal_saves_and_ends_the_run(words, tmp_path):
-    process = start(words, tmp_path, "max_steps=100000", "epochs=100000")
+    process = start(*words, f"output={tmp_path}", "max_steps=100000", "epochs=100000")
     wait_for_step(process, tmp_path, 2)
     process.send_signal(signal.SIGTERM)
     text = finish(process)
@@ -186,15 +121,8 @@ def test_training_from_the_cache_is_training_online(words, tmp_path):
     assert losses(handed_over) == losses(online)
 
 
-@pytest.fixture
-def validation(portrait, make_voice, tmp_path) -> list[str]:
-    """Settings of a video of 15 frames."""
-    (tmp_path / "cases.yaml").write_text(f"- {{reference: {portrait}, audio: {make_voice(9600)}, prompt: hello}}\n")
-    (tmp_path / "video.yaml").write_text("{width: 32, height: 32, steps: 2, windows: {frames: 9, overlap: 1}}")
-    return [f"validation.cases={tmp_path / 'cases.yaml'}", f"validation.config={tmp_path / 'video.yaml'}"]
-
-
-def test_validation_gives_a_loss_and_videos(words, clips, validation, tmp_path):
+def test_validation_gives_a_loss_and_videos(words, clips, portrait, make_voice, tmp_path):
+    validation = video_words(tmp_path, portrait, make_voice(9600))
     settings = ["max_steps=4", "validation.every=2", "checkpoint.every=2", "optimizer.ema=0.5", *validation,
                 f"data.validation_lists={clips}", "log.tensorboard=true"]
     figures = run(words, tmp_path / "run", *settings)
@@ -215,9 +143,8 @@ def test_the_last_checkpoints_and_the_best_stay(words, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(words, tmp_path, caplog):
-    AcceleratorState._reset_state(reset_partial_state=True)
     settings = ["optimizer.lr=1e30", "optimizer.warmup=0", "optimizer.clip=0", "max_steps=9", "checkpoint.every=1"]
-    assert train.main([*words, *settings, f"output={tmp_path}"]) == 1
+    assert attempt(words, tmp_path, *settings) == 1
     error = caplog.messages[-1]
     assert "not finite" in error and "square/speech/0000" in error and "last good checkpoint is" in error and "step_" in error
 
@@ -229,25 +156,16 @@ def test_broken_clips_are_named_and_too_many_stop_the_run(words, clips, tmp_path
         image.write_bytes(image.read_bytes()[:40])
     (tmp_path / "list.txt").write_text("\n".join([*folders, str(broken)]))
     some = [*words, f"data.lists={tmp_path / 'list.txt'}", "max_steps=6"]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert train.main([*some, f"output={tmp_path / 'few'}", "data.max_broken=0.2"]) == 0
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert train.main([*some, f"output={tmp_path / 'many'}"]) == 2
+    assert attempt(some, tmp_path / "few", "data.max_broken=0.2") == 0
+    assert attempt(some, tmp_path / "many") == 2
     assert f"broken clip {broken}" in caplog.text and caplog.messages[-1].startswith("error: 1 of 6 clips are broken, more than")
     assert str(broken) in caplog.messages[-1]
 
 
 def test_a_folder_with_a_run_is_not_overwritten(words, tmp_path, caplog):
     run(words, tmp_path, "max_steps=1")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert train.main([*words, f"output={tmp_path}"]) == 2
+    assert attempt(words, tmp_path) == 2
     assert "resume=latest" in caplog.messages[-1]
-
-
-def mistake(words: list[str], output: Path, *more: str) -> int:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    return train.main([*words, f"output={output}", *more])
 
 
 def test_a_resume_takes_the_settings_rates_and_refuses_what_it_cannot(words, tmp_path, caplog):
@@ -256,14 +174,14 @@ def test_a_resume_takes_the_settings_rates_and_refuses_what_it_cannot(words, tmp
     figures = run(words, tmp_path / "a", *lora, "max_steps=4", "resume=latest", "optimizer.lr=1e-5")
     assert [line["lr"] for line in figures] == pytest.approx([5e-4, 1e-3, 1e-5, 1e-5])
     for other, said in (("optimizer.name=came", "adamw, not came"), ("lora.rank=4", "resume with the same model, what and lora")):
-        assert mistake(words, tmp_path / "a", *lora, "max_steps=6", "resume=latest", other) == 2
+        assert attempt(words, tmp_path / "a", *lora, "max_steps=6", "resume=latest", other) == 2
         assert said in caplog.messages[-1]
 
 
 def test_going_back_needs_another_folder(words, tmp_path, caplog):
     whole = run(words, tmp_path / "a", "max_steps=3", "checkpoint.every=1")
     back = f"resume={tmp_path / 'a/checkpoints/step_000001'}"
-    assert mistake(words, tmp_path / "a", "max_steps=3", back) == 2 and "later steps" in caplog.messages[-1]
+    assert attempt(words, tmp_path / "a", "max_steps=3", back) == 2 and "later steps" in caplog.messages[-1]
     assert losses(run(words, tmp_path / "b", "max_steps=3", back)) == losses(whole)[1:]
 
 
@@ -282,28 +200,7 @@ def test_a_new_run_looks_at_its_clips_again(words, clips, tmp_path, caplog):
     assert "masks count as ones" not in caplog.text
 
 
-@pytest.fixture(scope="module")
-def one_process(tiny_folder, clips, tmp_path_factory) -> Path:
-    """A run of one process that takes two samples, one after the other, at each step; the last of an epoch has a filler."""
-    output = tmp_path_factory.mktemp("one")
-    run([f"model={tiny_folder}", f"data.lists={clips}", *TINY], output, *SEVERAL, "accumulation=2")
-    return output
-
-
-SEVERAL = ["max_steps=4", "optimizer.eps=1e-6", "optimizer.ema=0.5", "log.every=1"]
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
-def test_two_processes_are_one_that_accumulates(words, clips, validation, one_process, tmp_path, strategy):
-    """With a resume and validations on the way, which change nothing; each process has its own samples, and what is saved for use is
-    the whole model."""
-    if strategy.startswith("zero"):
-        pytest.importorskip("deepspeed")
-    extra = ["optimizer.ema=0"] if strategy == "zero3" else [*validation, "validation.every=1", f"data.validation_lists={clips}"]
-    for more in (["max_steps=2"], ["resume=latest"]):
-        finish(start(words, tmp_path, *SEVERAL, *extra, *more, strategy=strategy))
-    assert losses(metrics(tmp_path)) == pytest.approx(losses(metrics(one_process)), rel=2e-5)
-    if strategy != "zero3":  # which has no average, so that other weights are for use
-        expected = load_file(one_process / "checkpoints/step_000004/transformer3d.safetensors")
-        saved = load_file(tmp_path / "checkpoints/step_000004/transformer3d.safetensors")
-        assert all(torch.allclose(saved[name], expected[name], rtol=0, atol=2e-5) for name in expected)
+def test_a_run_of_one_process_shares_no_sequence(words, tmp_path, caplog):
+    assert attempt(words, tmp_path, "parallel.ulysses=2") == 2
+    assert "parallel.ulysses=2 x parallel.ring=1 processes share each sample, but 1 were started" in caplog.messages[-1]
+    assert not list(tmp_path.iterdir())

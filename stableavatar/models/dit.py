@@ -22,6 +22,7 @@ from stableavatar.models.cache import NO_CACHE, NoCache
 from stableavatar.models.layout import TokenLayout
 from stableavatar.models.modulation import Head, feed_forward, modulate
 from stableavatar.models.rope import Rotary
+from stableavatar.models.sequence import WHOLE_SEQUENCE, WholeSequence
 
 MAX_FLASH_HEAD_DIM = 256
 
@@ -179,6 +180,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.audio_adapter.ordered = audio_positions
         self.blocks = nn.ModuleList(Block(dim, num_heads, ffn_dim, eps, layer) for layer in range(num_layers))
         self.head = Head(dim, PATCH * PATCH * out_channels, eps)
+        self.sequence: WholeSequence = WHOLE_SEQUENCE
         self.gradient_checkpointing = False
         self.init_audio_branches()
 
@@ -225,10 +227,11 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         embedding, time_modulation = self.embed_time(timesteps)
         context = self.embed_conditions(conditions, x, embedding, time_modulation)
         rotary = Rotary.at(layout.positions, grid, self.config.dim // self.config.num_heads, x.device)
+        x, layout, rotary = self.sequence.shard(x, layout, rotary)
         for block in self.blocks:
             run = partial(self._gradient_checkpointing_func, block) if self._checkpoints() else block
             x = run(x, time_modulation, context, layout, rotary, cache)
-        return self.unpatchify(self.head(x, embedding), grid)
+        return self.unpatchify(self.sequence.gather(self.head(x, embedding), layout), grid)
 
     def _checkpoints(self) -> bool:
         return self.gradient_checkpointing and torch.is_grad_enabled()

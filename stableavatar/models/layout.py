@@ -8,6 +8,15 @@ Rule = tuple[slice, tuple[slice, ...]]
 Plan = tuple[Rule, ...]
 
 
+def in_tokens(plan: Plan, queries: int, keys: int) -> Plan:
+    """Rectangles of frames as rectangles of tokens, of which a frame has `queries` among the queries and `keys` among the keys."""
+
+    def scale(frames: slice, tokens: int) -> slice:
+        return slice(frames.start * tokens, frames.stop * tokens)
+
+    return tuple((scale(rows, queries), tuple(scale(c, keys) for c in columns)) for rows, columns in plan)
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """Temporal positions and the attention plan of one forward, in latent frames.
@@ -45,8 +54,4 @@ class TokenLayout:
 
     def token_plan(self, tokens_per_frame: int) -> Plan:
         """The plan in tokens."""
-
-        def scale(frames: slice) -> slice:
-            return slice(frames.start * tokens_per_frame, frames.stop * tokens_per_frame)
-
-        return tuple((scale(rows), tuple(scale(c) for c in columns)) for rows, columns in self.plan)
+        return in_tokens(self.plan, tokens_per_frame, tokens_per_frame)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from diffusers import SchedulerMixin
@@ -9,11 +10,12 @@ from torch import Tensor, nn
 
 from stableavatar.models.layout import TokenLayout
 from stableavatar.sampling.conditioning import Conditioning
+from stableavatar.sampling.crew import Crew
 from stableavatar.sampling.flow import Solver, frame_noise
-from stableavatar.sampling.guidance import Guidance, Pass
+from stableavatar.sampling.guidance import ALL_PASSES, Guidance, Pass, PassShares
 from stableavatar.sampling.resume import NO_RUN_STORE, NoRunStore
 from stableavatar.sampling.step_cache import StepCache
-from stableavatar.sampling.windows import Window, WindowPlan
+from stableavatar.sampling.windows import Pair, Window, WindowPlan
 
 
 class GuidedVelocity:
@@ -26,6 +28,7 @@ class GuidedVelocity:
         timesteps: one per step.
         step_cache: reuse across steps.
         batched: passes in one batch, or one after another with less memory.
+        shares: who evaluates which pass.
     """
 
     def __init__(
@@ -36,9 +39,10 @@ class GuidedVelocity:
         timesteps: Tensor,
         step_cache: StepCache,
         batched: bool = True,
+        shares: PassShares = ALL_PASSES,
     ) -> None:
         self.model, self.conditioning, self.guidance = model, conditioning, guidance
-        self.timesteps, self.step_cache, self.batched = timesteps, step_cache, batched
+        self.timesteps, self.step_cache, self.batched, self.shares = timesteps, step_cache, batched, shares
 
     @torch.no_grad()
     def __call__(self, index: int, window: Window, latents: Tensor, step: int) -> Tensor:
@@ -46,12 +50,13 @@ class GuidedVelocity:
         passes = self.guidance.passes(step, len(self.timesteps))
         known = {p: self.step_cache.lookup((index, p.text.value, p.audio.value), latents, step) for p in passes}
         missing = tuple(p for p, velocity in known.items() if velocity is None)
-        size = max(1, len(missing)) if self.batched else 1
-        for group in (missing[i : i + size] for i in range(0, len(missing), size)):
-            predictions = self._predict(window, group, latents, step).to(latents.device)
-            for p, velocity in zip(group, predictions, strict=True):
-                self.step_cache.record((index, p.text.value, p.audio.value), latents, velocity)
-                known[p] = velocity
+        own = self.shares.own(missing)
+        size = max(1, len(own)) if self.batched else 1
+        groups = (own[i : i + size] for i in range(0, len(own), size))
+        predictions = [velocity.to(latents.device) for group in groups for velocity in self._predict(window, group, latents, step)]
+        for p, velocity in zip(missing, self.shares.gather(predictions, len(missing), latents), strict=True):
+            self.step_cache.record((index, p.text.value, p.audio.value), latents, velocity)
+            known[p] = velocity
         return sum(p.weight * velocity for p, velocity in known.items())
 
     def _predict(self, window: Window, passes: tuple[Pass, ...], latents: Tensor, step: int) -> Tensor:
@@ -76,39 +81,36 @@ class SlidingWindows:
     affine in the velocity with the same coefficients for both windows, so fusing velocities is fusing z_{t-1}, and
     multistep solvers see one history. As in the paper, the first step is not fused: the later window overwrites.
 
-    Only stretches in work are held: a band in wavefront order, the video's latents in step-major order.
+    Only stretches in work are held: a band in wavefront order, the video's latents in step-major order. Where a crew of several
+    processes shares the windows, a process holds its own stretches and what its windows read of the others'.
     """
 
     def __init__(
         self,
-        plan: WindowPlan,
+        crew: Crew,
         scheduler: SchedulerMixin,
         shape: tuple[int, int, int],
         seed: int,
         velocity: Callable[[int, Window, Tensor, int], Tensor],
     ) -> None:
-        self.plan, self.scheduler, self.shape, self.seed, self.velocity = plan, scheduler, shape, seed, velocity
+        self.crew, self.plan, self.scheduler, self.shape, self.seed, self.velocity = crew, crew.plan, scheduler, shape, seed, velocity
         self._stretches: dict[int, Tensor] = {}
         self._solvers: dict[int, Solver] = {}
         self._carried: dict[int, Tensor] = {}
 
-    def advance(self, index: int, step: int) -> None:
-        """Brings window `index` through step `step`."""
-        window, stretch = self.plan.windows[index], self.plan.stretch(index)
-        velocity = self.velocity(index, window, self._read(index), step)
-        if index and step:
-            overlap = self.plan.overlap(index)
-            weights = self.plan.fusion(index).view(-1, 1, 1)
-            fused = torch.lerp(self._carried[step], velocity[:, :overlap], weights)
-            velocity = torch.cat([fused, velocity[:, overlap:]], dim=1)
-        own = stretch.stop - stretch.start
-        self._stretches[index] = self._solvers[index].step(self._stretches[index], velocity[:, :own], step)
-        self._carried[step] = velocity[:, own:].clone()
+    def advance(self, pairs: list[Pair]) -> None:
+        """Brings windows through a step each, one round of the crew."""
+        own = [pair for pair in pairs if self.crew.owns(pair[0])]
+        velocities = {(index, step): self.velocity(index, self.plan.windows[index], self._read(index), step) for index, step in own}
+        for pair in pairs:  # all fusions before the solvers' steps, because the next process waits for what is carried over
+            self._fuse(*pair, velocities)
+        for pair in pairs:
+            self._step(*pair, velocities)
 
-    def finish(self, index: int) -> Tensor:
-        """Hands out a finished stretch [C, n, h, w] and lets go of its window."""
-        del self._solvers[index]
-        return self._stretches.pop(index)
+    def finish(self, index: int) -> Tensor | None:
+        """Hands out a finished stretch [C, n, h, w], to the process that collects them, and lets go of its window."""
+        self._solvers.pop(index, None)
+        return self.crew.collect(index, self._stretches.pop(index, None))
 
     def _read(self, index: int) -> Tensor:
         """Latents [C, F, h, w] of a window, from the stretches that it spans."""
@@ -121,18 +123,51 @@ class SlidingWindows:
         if index not in self._stretches:
             frames = range(*self.plan.stretch(index))
             self._stretches[index] = torch.cat([frame_noise(self.shape, frame, self.seed) for frame in frames], dim=1)
-            self._solvers[index] = Solver(self.scheduler)
         return self._stretches[index]
 
-    def state(self) -> dict:
-        """Everything that the next `advance` depends on."""
-        solvers = {index: solver.state() for index, solver in self._solvers.items()}
-        return {"stretches": dict(self._stretches), "carried": dict(self._carried), "solvers": solvers}
+    def _fuse(self, index: int, step: int, velocities: dict[Pair, Tensor]) -> None:
+        """Leaves of a window's velocity what its stretch needs and carries the rest over to the next window."""
+        carried = None
+        if (velocity := velocities.get((index, step))) is not None:
+            if index and step:
+                overlap, weights = self.plan.overlap(index), self.plan.fusion(index).view(-1, 1, 1)
+                fused = torch.lerp(self._carried.pop(step), velocity[:, :overlap], weights)
+                velocity = torch.cat([fused, velocity[:, overlap:]], dim=1)
+            start, stop = self.plan.stretch(index)
+            velocities[index, step], carried = velocity[:, : stop - start], velocity[:, stop - start :].clone()
+        if step and index + 1 < len(self.plan):
+            carried = self.crew.carry(index, carried)
+            if carried is not None:
+                self._carried[step] = carried
+
+    def _step(self, index: int, step: int, velocities: dict[Pair, Tensor]) -> None:
+        """Takes the solver's step on a stretch and shows the result to those who read it."""
+        if (index, step) in velocities:
+            if index not in self._solvers:
+                self._solvers[index] = Solver(self.scheduler)
+            self._stretches[index] = self._solvers[index].step(self._stretches[index], velocities.pop((index, step)), step)
+        if step + 1 < len(self.scheduler.timesteps):
+            latents = self.crew.spread(index, self._stretches.get(index))
+            if latents is not None:
+                self._stretches[index] = latents
+
+    def state(self) -> dict[str, dict]:
+        """What of this process the next `advance` depends on; parts of several processes differ in their keys."""
+        return {
+            "stretches": {index: self._stretches[index] for index in self._solvers},
+            "carried": dict(self._carried),
+            "solvers": {index: solver.state() for index, solver in self._solvers.items()},
+        }
 
     def restore(self, state: dict) -> None:
-        """Takes over what `state` gave."""
-        self._stretches, self._carried = state["stretches"], state["carried"]
-        self._solvers = {index: Solver(self.scheduler) for index in state["solvers"]}
+        """Takes over what this process needs of the state of all, whatever order and processes it comes from.
+
+        Windows are never further than those before them; what is carried at a step waits for the first that is not through it.
+        """
+        behind = {step: sum(done > step for done in state["steps"]) for step in state["carried"]}
+        self._stretches = {index: latents for index, latents in state["stretches"].items() if self.crew.reads(index)}
+        self._carried = {step: carried for step, carried in state["carried"].items() if self.crew.owns(behind[step])}
+        self._solvers = {index: Solver(self.scheduler) for index in state["solvers"] if self.crew.owns(index)}
         for index, solver in self._solvers.items():
             solver.restore(state["solvers"][index])
 
@@ -140,45 +175,46 @@ class SlidingWindows:
 def denoise_windows(
     windows: SlidingWindows,
     velocity: GuidedVelocity,
-    order: str,
     store: NoRunStore = NO_RUN_STORE,
-    on_progress: Callable[[], object] = lambda: None,
+    on_progress: Callable[[int], object] = lambda count: None,
 ) -> Iterator[Tensor]:
-    """Runs a window plan and yields finished stretches [C, n, h, w] from the first to the last.
+    """Runs a window plan and yields finished stretches [C, n, h, w] from the first to the last, in the process that collects them.
 
     Args:
-        windows: the algorithm's state; `velocity`: what it asks, for letting go of finished windows.
-        order: `step_major` or `wavefront`: the same numbers with another memory (`WindowPlan.order`).
+        windows: the algorithm's state, whose crew knows the order; `velocity`: what it asks, for letting go of finished windows.
         store: where a run leaves its state, and where an interrupted one goes on.
-        on_progress: called after every window's step.
+        on_progress: called with the number of windows' steps that were done since the last call.
     """
-    steps = len(velocity.timesteps)
-    todo, done = windows.plan.order(steps, order), 0
-    saved = store.load()
+    crew, steps, saved = windows.crew, len(velocity.timesteps), store.load()
+    done = [0] * len(windows.plan)
     if saved is not None:
-        done = saved["done"]
-        windows.restore(saved["windows"])
-        velocity.step_cache.restore(saved["step_cache"])
-    for position, (index, step) in enumerate(todo):
-        finished = step == steps - 1
-        if position < done:
-            if finished:
-                yield _required(store.get(index), index)
-        else:
-            windows.advance(index, step)
-            if finished:
-                velocity.forget(index, windows.plan.windows[index])
-                stretch = windows.finish(index)
+        done = list(saved["steps"])
+        windows.restore(saved)
+        velocity.step_cache.restore({key: entry for key, entry in saved["step_cache"].items() if crew.owns(key[0])})
+    on_progress(sum(done))
+    for index in range(done.count(steps)):
+        stretch = _required(store.get(index), index)
+        if crew.collects:
+            yield stretch
+    for pairs in crew.rounds(steps):
+        if not (todo := [(index, step) for index, step in pairs if step >= done[index]]):
+            continue
+        windows.advance(todo)
+        for index, step in todo:
+            done[index] = step + 1
+        last = [index for index, step in todo if step + 1 == steps]
+        for index, stretch in [(index, windows.finish(index)) for index in last]:
+            velocity.forget(index, windows.plan.windows[index])
+            if stretch is not None:
                 store.put(index, stretch)
                 yield stretch
-            store.maybe_save(
-                lambda count=position + 1: {
-                    "done": count,
-                    "windows": windows.state(),
-                    "step_cache": velocity.step_cache.state(),
-                }
-            )
-        on_progress()
+        store.maybe_save(partial(_state, windows, velocity, done))
+        on_progress(len(todo))
+
+
+def _state(windows: SlidingWindows, velocity: GuidedVelocity, done: list[int]) -> dict:
+    """`steps`: how many each window is through, the same for all processes; the rest is of this process's windows, by window or step."""
+    return {"steps": list(done), "step_cache": velocity.step_cache.state(), **windows.state()}
 
 
 def _required(stretch: Tensor | None, index: int) -> Tensor:
@@ -193,7 +229,7 @@ def denoise_motion_frames(
     conditioning: Conditioning,
     continue_reference: Callable[[Tensor, int], Tensor],
     store: NoRunStore = NO_RUN_STORE,
-    on_progress: Callable[[], object] = lambda: None,
+    on_progress: Callable[[int], object] = lambda count: None,
 ) -> Iterator[Tensor]:
     """Clip after clip, each conditioned on the last frames of the one before: the baseline of tables 2 and 6.
 
@@ -212,7 +248,7 @@ def denoise_motion_frames(
         clip = store.get(index)
         if clip is None:
             windows, velocity = start(conditioning, WindowPlan((window,)))
-            clip = torch.cat(list(denoise_windows(windows, velocity, "step_major", on_progress=on_progress)), dim=1)
+            clip = torch.cat(list(denoise_windows(windows, velocity, on_progress=on_progress)), dim=1)
             store.put(index, clip)
         yield clip[:, plan.overlap(index) :]
         if index + 1 < len(plan):

@@ -6,6 +6,8 @@ Every strategy here is linear in the predictions, so that a list of weighted pas
 from dataclasses import dataclass
 from enum import Enum
 
+from torch import Tensor
+
 STRATEGIES = ("none", "cfg", "audio_native")
 
 
@@ -75,3 +77,18 @@ class Guidance:
             Pass(Text.POSITIVE, Audio.NULL, -self.alpha),
             Pass(Text.POSITIVE, Audio.DROPPED, -self.beta),
         )
+
+
+class PassShares:
+    """Who evaluates which pass of a step: this process all of them; parallel/guidance.py shares them out."""
+
+    def own(self, passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+        """The passes that this process evaluates, in their order."""
+        return passes
+
+    def gather(self, own: list[Tensor], count: int, latents: Tensor) -> list[Tensor]:
+        """The velocities of all `count` passes in their order, each like `latents`, from those that this process evaluated."""
+        return own
+
+
+ALL_PASSES = PassShares()

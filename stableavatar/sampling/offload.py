@@ -1,10 +1,12 @@
 """Memory modes: where weights live while a generation runs. All of it is the library's own machinery."""
 
 import logging
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from stableavatar.config import MemoryConfig
 
@@ -14,20 +16,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def place(pipe: "StableAvatarPipeline", memory: MemoryConfig, device: torch.device) -> None:
+def place(pipe: "StableAvatarPipeline", memory: MemoryConfig, device: torch.device, placed: Collection[str] = ()) -> None:
     """Puts a pipeline's models where a memory mode wants them.
 
     Args:
         memory: `full` keeps all on the device; `model_offload` moves a model there while it is used; `group_offload` a block at
             a time with the next one prefetched; `sequential_offload` a layer at a time. `fp8` stores the transformer's
             matrices as 8-bit floats and computes in its dtype; `vae_tiling` encodes and decodes in tiles.
+        placed: components that `full` leaves where they are.
     """
     if memory.fp8:
         pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=pipe.transformer.dtype)
     if memory.vae_tiling:
         pipe.vae.enable_tiling()
     if memory.mode == "full":
-        pipe.to(device)
+        for name, model in pipe.components.items():
+            if isinstance(model, nn.Module) and name not in placed:
+                model.to(device)
     elif memory.mode == "model_offload":
         pipe.enable_model_cpu_offload(device=device)
     elif memory.mode == "sequential_offload":

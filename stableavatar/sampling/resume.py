@@ -21,7 +21,16 @@ class NoRunStore:
         return None
 
     def maybe_save(self, make_state: Callable[[], dict]) -> None:
-        """Saves the state when the interval has passed."""
+        """Saves the state when it is due."""
+        if self.due():
+            self.save(make_state())
+
+    def due(self) -> bool:
+        """Whether the interval between saves has passed."""
+        return False
+
+    def save(self, state: dict) -> None:
+        """Keeps a state and starts the next interval."""
 
     def put(self, index: int, latents: Tensor) -> None:
         """Keeps a finished stretch [C, n, h, w]."""
@@ -60,10 +69,10 @@ class RunStore(NoRunStore):
         path = self.folder / "state.pt"
         return self._read(path, _load) if path.exists() else None
 
-    def maybe_save(self, make_state: Callable[[], dict]) -> None:
-        if time.monotonic() - self._saved < self.every:
-            return
-        state = make_state()
+    def due(self) -> bool:
+        return time.monotonic() - self._saved >= self.every
+
+    def save(self, state: dict) -> None:
         self._write(self.folder / "state.pt", lambda path: torch.save(state, path))
         self._saved = time.monotonic()
 

@@ -4,6 +4,7 @@ The dynamic weighted sliding window of the paper (algorithm 1, figure 8, table 8
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,6 +14,10 @@ from torch import Tensor
 
 WEIGHTS = ("log", "uniform", "fixed", "none")
 TAILS = ("cut", "shift")
+
+
+Pair = tuple[int, int]
+"""(window, step): a window's way through one step."""
 
 
 class Window(NamedTuple):
@@ -95,8 +100,14 @@ class WindowPlan:
         starts = [window.start for window in self.windows]
         return max(sum(start < window.stop for start in starts[i + 1 :]) for i, window in enumerate(self.windows))
 
-    def order(self, steps: int, kind: str) -> list[tuple[int, int]]:
-        """All (window, step) pairs in an order that respects what depends on what.
+    def waves(self, steps: int, lag: int) -> Iterator[list[Pair]]:
+        """Pairs in diagonals: every step follows `lag` windows behind the one before, the earliest step of a wave first."""
+        for wave in range(len(self) + lag * (steps - 1)):
+            pairs = ((wave - lag * step, step) for step in range(steps))
+            yield [(window, step) for window, step in pairs if 0 <= window < len(self)]
+
+    def order(self, steps: int, kind: str) -> list[Pair]:
+        """All pairs in an order that respects what depends on what.
 
         Window k at step i reads latents that every window overlapping it has brought through step i - 1.
         `step_major` finishes a step for all windows before the next, as algorithm 1 does; `wavefront` starts the next step as
@@ -104,6 +115,4 @@ class WindowPlan:
         """
         if kind == "step_major":
             return [(window, step) for step in range(steps) for window in range(len(self))]
-        waves = range(len(self) + self.reach * (steps - 1))
-        pairs = ((wave - self.reach * step, step) for wave in waves for step in range(steps))
-        return [(window, step) for window, step in pairs if 0 <= window < len(self)]
+        return [pair for wave in self.waves(steps, self.reach) for pair in wave]

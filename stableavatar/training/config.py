@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from stableavatar.config import Config, InferenceConfig, setting
+from stableavatar.config import RING_BACKENDS, Config, InferenceConfig, setting
 from stableavatar.geometry import FPS, SIZE_MULTIPLE, TEMPORAL_STRIDE, WINDOW_FRAMES
 
 
@@ -95,6 +95,19 @@ class LogConfig:
 
 
 @dataclass
+class SequenceConfig:
+    ulysses: int = setting(1, "processes that share the tokens of each sample, exchanging heads; next to each other, inside a machine",
+                           low=1)
+    ring: int = setting(1, "such groups that share each sample, passing keys and values around; ulysses x ring divide the processes",
+                        low=1)
+
+    @property
+    def size(self) -> int:
+        """Processes that share each sample."""
+        return self.ulysses * self.ring
+
+
+@dataclass
 class TrainConfig(Config):
     """The settings of train.py."""
 
@@ -112,7 +125,7 @@ class TrainConfig(Config):
                         choices=("attention", "blocks", "all", "lora"))
     epochs: int = setting(20, "epochs", low=1)
     max_steps: int = setting(0, "stop after this many optimiser steps; 0 for no limit but epochs", low=0)
-    batch: int = setting(1, "samples per process and forward", low=1)
+    batch: int = setting(1, "samples per forward, of each process or of those that share them (parallel)", low=1)
     accumulation: int = setting(1, "forwards per optimiser step", low=1)
     seed: int = setting(42, "seed of everything random", low=0, high=2**63 - 1)
     device: str = setting("auto", "every process takes its own GPU; auto is the CPU where there is none", choices=("auto", "cpu", "cuda"))
@@ -124,6 +137,7 @@ class TrainConfig(Config):
     encoders: str = setting("keep", "keep the encoders on the device, or hand it over: each visits it for its part of a batch",
                             choices=("keep", "handover"))
 
+    parallel: SequenceConfig = field(default_factory=SequenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -136,6 +150,9 @@ class TrainConfig(Config):
         """Raise ValueError if settings contradict each other."""
         parse_sizes(self.data.sizes)
         parse_lengths(self.data.frames)
+        if self.parallel.ring > 1 and self.attention not in RING_BACKENDS:
+            raise ValueError(f"parallel.ring={self.parallel.ring} needs attention's log-sum-exp, which attention={self.attention} lacks; "
+                             f"use attention={RING_BACKENDS[0]}, or parallel.ulysses")
         masked = self.objective.face_share + self.objective.lip_share
         if masked > 1:
             raise ValueError(f"objective.face_share + objective.lip_share must not exceed 1, got {masked:g}")

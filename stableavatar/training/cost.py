@@ -8,20 +8,25 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from stableavatar.geometry import IMAGE_TOKENS, LATENT_CHANNELS, MIN_SAMPLES, frame_samples, latents_to_frames
 from stableavatar.models.dit import AudioFeatures, AvatarTransformer, Conditions
-from stableavatar.models.layout import TokenLayout
-from stableavatar.models.rope import rotary_table
+from stableavatar.models.kernels import Attend
+from stableavatar.models.layout import Plan, TokenLayout
+from stableavatar.models.rope import Rotary, rotary_table
+from stableavatar.models.sequence import WholeSequence
+from stableavatar.parallel.sequence import as_computed
 
 SAMPLES_PER_TOKEN = 320
 """Stride of wav2vec2's convolutions."""
@@ -30,7 +35,7 @@ FEW, MORE = 2, 3
 
 Module = TypeVar("Module", bound=nn.Module)
 Shape = tuple[int, int, int]
-"""F, h, w of the latents that a process works on."""
+"""F, h, w of latents."""
 aten = torch.ops.aten
 
 
@@ -139,25 +144,80 @@ class Precision:
     gpu: bool = True
 
 
-def step_cost(model: AvatarTransformer, shape: Shape, batch: int, precision: Precision) -> Cost:
+class PartOfSequence(WholeSequence):
+    """What one of several processes that share a sequence computes, and the copies that it makes to exchange the rest.
+
+    What the others would send is taken from its own tokens. A ring is counted as if it exchanged heads as well: it computes as much, and
+    holds about as much.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self.processes, self.tokens = processes, 0
+
+    def shard(self, x: Tensor, layout: TokenLayout, rotary: Rotary) -> tuple[Tensor, TokenLayout, Rotary]:
+        """The largest part, S / P rounded up."""
+        self.tokens = x.shape[2]
+        part = -(-self.tokens // self.processes)
+        table = rotary.table.unflatten(0, (len(rotary.positions), -1))[:, :part].flatten(0, 1)
+        return x[:, :, :part].contiguous(), layout, replace(rotary, table=table)
+
+    def gather(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """Zeros for the tokens of the others."""
+        return functional.pad(x, (0, 0, 0, self.tokens - x.shape[2]))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan = (), *, inner: Attend) -> Tensor:
+        """Of all tokens some heads, H / P rounded up: [B, P * L, H / P, d]; and back."""
+        batch, length, heads, width = q.shape
+        of_all = [batch, 3 * self.processes * length, -(-heads // self.processes), width]
+        together = torch.cat([as_computed(x) for x in (q, k, v)], dim=1)
+        attended = inner(*_Exchange.apply(together, of_all).chunk(3, dim=1), plan)
+        return _Exchange.apply(attended, list(q.shape))
+
+
+class _Exchange(torch.autograd.Function):
+    """The copies that an all-to-all makes: as it leaves, as it arrives, and that put together; so do its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: list[int]) -> Tensor:
+        ctx.shape = x.shape
+        _leaves, _arrives = torch.empty_like(x), x.new_empty(shape)
+        return x.new_zeros(shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        _leaves, _arrives = torch.empty_like(gradient), gradient.new_empty(ctx.shape)
+        return gradient.new_zeros(ctx.shape), None
+
+
+def share_sequence(model: AvatarTransformer, processes: int) -> None:
+    """Lets a hollow model compute what one of so many processes does."""
+    model.sequence = part = PartOfSequence(processes)
+    for block in model.blocks:
+        block.self_attn.attend = partial(part.attend, inner=block.self_attn.attend)
+
+
+def step_cost(model: AvatarTransformer, shape: Shape, batch: int, precision: Precision, share: int = 1) -> Cost:
     """The cost of one forward and backward.
 
     Args:
         model: with or without memory for its weights, with its trainable weights chosen and gradient checkpointing on or off. It is
             not changed.
-        shape: latents of one process; a part of a sample's frames where processes share a sample.
+        shape: latents of a sample.
         batch: samples per forward.
+        share: processes that share each sample's sequence.
     """
-    few, more = (read(model, blocks, shape, batch, precision) for blocks in (FEW, MORE))
+    few, more = (read(model, blocks, shape, batch, precision, share) for blocks in (FEW, MORE))
     whole = more.extend(few, len(model.blocks) - MORE)
     again = (more.forward_flops - few.forward_flops) * len(model.blocks) if model.gradient_checkpointing else 0
     return Cost(whole.flops - again, whole.flops, max(whole.forward_peak, whole.backward_peak))
 
 
-def read(model: AvatarTransformer, blocks: int, shape: Shape, batch: int, precision: Precision) -> Reading:
-    """Runs the model, with so many blocks, on tensors without memory."""
+def read(model: AvatarTransformer, blocks: int, shape: Shape, batch: int, precision: Precision, share: int = 1) -> Reading:
+    """Runs the model, with so many blocks and its part of the sequence, on tensors without memory."""
     with without_memory():
         hollow = hollow_copy(model, blocks, precision.weights)
+        if share > 1:
+            share_sequence(hollow, share)
         if precision.autocast and precision.gpu:
             norms_in_float32(hollow)
         return measure(hollow, make_inputs(model, shape, batch), precision)

@@ -95,7 +95,7 @@ def estimate(
     resident = max(encoders, default=0) if config.encoders == "handover" else sum(encoders)
     plans = []
     for bucket in buckets or configured_buckets(config):
-        cost = step_cost(model, bucket.latents, config.batch, precision(config, strategy))
+        cost = step_cost(model, bucket.latents, config.batch, precision(config, strategy), config.parallel.size)
         flops = (config.accumulation * cost.model_flops, config.accumulation * cost.flops)
         plans.append(MemoryPlan(bucket, **standing, activations=cost.activations, encoders=resident,
                                 handover=config.encoders == "handover", model_flops=flops[0], flops=flops[1]))
@@ -103,8 +103,8 @@ def estimate(
 
 
 def flops_per_sample(plans: Sequence[MemoryPlan], config: TrainConfig) -> dict[Bucket, float]:
-    """Of a forward and backward of one sample, every product once."""
-    return {plan.bucket: plan.model_flops / (config.batch * config.accumulation) for plan in plans}
+    """Of a forward and backward of one sample on all processes that share it, every product of each once."""
+    return {plan.bucket: config.parallel.size * plan.model_flops / (config.batch * config.accumulation) for plan in plans}
 
 
 def configured_buckets(config: TrainConfig) -> list[Bucket]:
@@ -157,10 +157,15 @@ def encoder_bytes(config: TrainConfig) -> dict[str, int]:
     """Of the frozen parts by name: of the folder `model`, or as published; none if a latent cache takes their place."""
     if config.data.cache:
         return {}
+    return encoder_sizes(config.model, getattr(torch, config.dtype))
+
+
+def encoder_sizes(model: str, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of the frozen parts by name: of the folder `model`, or as published if it is empty."""
     counts = PUBLISHED_ENCODERS
-    if config.model:
-        counts = {name: sum(map(math.prod, Checkpoint(Path(config.model) / name).shapes.values())) for name in PUBLISHED_ENCODERS}
-    return {name: count * (4 if name in IN_FLOAT32 else getattr(torch, config.dtype).itemsize) for name, count in counts.items()}
+    if model:
+        counts = {name: sum(map(math.prod, Checkpoint(Path(model) / name).shapes.values())) for name in PUBLISHED_ENCODERS}
+    return {name: count * (4 if name in IN_FLOAT32 else dtype.itemsize) for name, count in counts.items()}
 
 
 def table(plans: Sequence[MemoryPlan], card: float) -> str:

@@ -9,14 +9,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stableavatar.data.samples import Bucket
+from stableavatar.geometry import frame_tokens
 from stableavatar.models.dit import AvatarTransformer
 from stableavatar.models.lora import TrainedLora, add_lora, target_pattern
+from stableavatar.parallel.mesh import Mesh
+from stableavatar.parallel.sequence import apply_sequence_parallel, check_sequence
 from stableavatar.training.config import TrainConfig
 from stableavatar.training.ema import Ema
 from stableavatar.training.estimate import estimate
 from stableavatar.training.optimizer import clip_gradients, make_optimizer, make_schedule
-from stableavatar.training.parts import load_training_transformer
-from stableavatar.training.processes import on_main, strategy
+from stableavatar.training.parts import load_training_transformer, transformer_settings
+from stableavatar.training.processes import data_parallel, on_main, strategy
 from stableavatar.training.state import ExactState, write_transformer
 from stableavatar.training.trainable import parameter_groups, select, to_training_dtype, trained
 
@@ -29,6 +32,32 @@ def check_trainable(config: TrainConfig) -> None:
     if config.what == "lora":
         target_pattern(config.lora.targets, adapter=False)
     make_optimizer(parameter_groups(nn.Linear(1, 1), config.optimizer), config.optimizer)
+
+
+def check_sharing(config: TrainConfig, accelerator: Accelerator, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raise ValueError if processes cannot share sequences as the settings say, before anything is loaded.
+
+    Args:
+        sizes: width and height of all samples and videos.
+    """
+    data_parallel(accelerator, config)
+    if config.parallel.size == 1:
+        return
+    heads = transformer_settings(config)["num_heads"]
+    for width, height in sizes:
+        check_sequence(heads, frame_tokens(width, height), config.parallel.ulysses, config.parallel.ring)
+
+
+def share_sequences(transformer: AvatarTransformer, config: TrainConfig, accelerator: Accelerator) -> None:
+    """Lets processes share each sample's tokens, where the settings want it.
+
+    Every process then has its tokens' part of the gradients of a loss that is the whole sample's. Their sum is wanted, and strategies
+    average over all processes: the same, for `Trainer._share` multiplies by the number of all processes.
+    """
+    if config.parallel.size > 1:
+        groups = data_parallel(accelerator, config).size  # as independent of each other as windows are
+        sizes = {"windows": groups, "ring": config.parallel.ring, "ulysses": config.parallel.ulysses}
+        apply_sequence_parallel(transformer, Mesh.over(accelerator.device.type, **sizes))
 
 
 def make_trainable(transformer: AvatarTransformer, config: TrainConfig) -> TrainedLora | None:
@@ -64,6 +93,7 @@ class Learner:
         self.lora = make_trainable(transformer, config)
         self.text_length = transformer.config.text_length
         self.plans = on_main(accelerator, lambda: estimate(transformer, config, accelerator.num_processes, strategy(accelerator), buckets))
+        share_sequences(transformer, config, accelerator)
         if config.compile:
             transformer.compile_repeated_blocks()
         optimizer = make_optimizer(parameter_groups(transformer, config.optimizer), config.optimizer)

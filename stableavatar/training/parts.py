@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from stableavatar.folders import check_named, load_folder, load_model
-from stableavatar.geometry import TEXT_LENGTH
 from stableavatar.models.dit import AvatarTransformer
 from stableavatar.models.strict_loading import place
 from stableavatar.models.weights import BASE_CONFIG_FILE, ReleasedFiles, load_transformer, read_base_config
@@ -81,6 +80,11 @@ def load_frozen_parts(config: TrainConfig) -> dict[str, Any]:
 
 def text_length(config: TrainConfig) -> int:
     """Tokens that the transformer to train takes of a prompt, without loading it."""
+    return transformer_settings(config)["text_length"]
+
+
+def transformer_settings(config: TrainConfig) -> dict[str, Any]:
+    """AvatarTransformer's settings of the transformer to train, without loading it."""
     if config.scratch:
         settings = _read_settings(Path(config.scratch))
     elif _is_saved_model(path := _transformer_path(config)):
@@ -89,7 +93,7 @@ def text_length(config: TrainConfig) -> int:
         settings = _read_settings(Path(config.model) / "transformer" / CONFIG_FILE)
     else:
         settings = read_base_config(_released(config).base / BASE_CONFIG_FILE)
-    return settings.get("text_length", TEXT_LENGTH)
+    return {name: known.default for name, known in inspect.signature(AvatarTransformer).parameters.items()} | settings
 
 
 def encoding_identity(config: TrainConfig) -> dict[str, Any]:

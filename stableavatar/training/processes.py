@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
@@ -97,6 +97,23 @@ def strategy(accelerator: Accelerator) -> str:
 def has_parts_only(accelerator: Accelerator) -> bool:
     """Whether a process holds only a part of the weights, so that every forward needs all processes."""
     return strategy(accelerator) in ("fsdp", "zero3")
+
+
+class DataParallel(NamedTuple):
+    """A process among those that have samples of their own; processes that share a sequence, which are consecutive, count as one."""
+
+    rank: int
+    size: int
+
+
+def data_parallel(accelerator: Accelerator, config: TrainConfig) -> DataParallel:
+    """Where this process is. Raises ValueError if the processes cannot be divided into groups that share sequences."""
+    share, started = config.parallel.size, accelerator.num_processes
+    if started % share:
+        asked = f"parallel.ulysses={config.parallel.ulysses} x parallel.ring={config.parallel.ring}"
+        raise ValueError(f"{asked} processes share each sample, but {started} were started, no multiple of {share}; "
+                         "start as many by accelerate launch (scripts/train.sh)")
+    return DataParallel(accelerator.process_index // share, started // share)
 
 
 def sum_over_processes(accelerator: Accelerator, values: dict[str, float | Tensor]) -> dict[str, float]:

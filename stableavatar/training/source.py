@@ -15,7 +15,7 @@ from stableavatar.data.dataset import ClipDataset, Loaded
 from stableavatar.data.latent_cache import CachedDataset
 from stableavatar.training.config import DataConfig, TrainConfig, parse_lengths, parse_sizes
 from stableavatar.training.parts import encoding_identity
-from stableavatar.training.processes import gather_objects, on_main
+from stableavatar.training.processes import data_parallel, gather_objects, on_main
 from stableavatar.training.run_folder import CLIPS
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class SampleSource:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, folder: Path) -> None:
         self.config, self.accelerator = config, accelerator
+        self._place = data_parallel(accelerator, config)
         data = config.data
         self.clips, self.broken = on_main(accelerator, lambda: list_clips(data, data.lists, folder / CLIPS))
         self._total, self._told = len(self.clips) + len(self.broken), 0
@@ -72,7 +73,7 @@ class SampleSource:
         if not buckets:
             raise ValueError(f"no clip of {data.lists} is long enough: data.frames={data.frames} at {data.fps:g} frames per second")
         self.buckets = buckets
-        self.plan = EpochPlan(buckets, config.seed, data.runs, accelerator.num_processes, config.batch, config.accumulation)
+        self.plan = EpochPlan(buckets, config.seed, data.runs, self._place.size, config.batch, config.accumulation)
         if data.cache:
             self.dataset = CachedDataset(Path(data.cache), self.clips, buckets, data.runs, encoding_identity(config))
         else:
@@ -88,7 +89,7 @@ class SampleSource:
 
     def steps(self, epoch: int, step: int) -> Iterator[list[list[Loaded]]]:
         """For every optimiser step from a position on, without an end: this process's forwards, each a list of samples."""
-        sampler = RankSampler(self.plan, self.accelerator.process_index, epoch, step)
+        sampler = RankSampler(self.plan, self._place.rank, epoch, step)
         workers = self.config.data.workers
         loader = iter(DataLoader(self.dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
                                  worker_init_fn=ignore_signals, prefetch_factor=2 if workers else None, persistent_workers=workers > 0))

@@ -74,6 +74,7 @@ class ExactState:
         configured = [{key: group[key] for key in CONFIGURED & group.keys()} for group in optimizer.param_groups]
         try:
             self.accelerator.load_state(str(folder))
+            self.accelerator.step = 0  # forwards since an update; the saved count may be of another accumulation, out of phase with ours
             schedule.load_state_dict(torch.load(folder / "schedule.pt", weights_only=True) | {"base_lrs": schedule.base_lrs})
             if self.ema:
                 self.ema.load_state_dict(torch.load(self._ema_file(folder), weights_only=True, map_location="cpu"))

@@ -3,6 +3,7 @@
 import logging
 import math
 import signal
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,10 @@ from stableavatar.data.samples import Batch, stack
 from stableavatar.machine import memory_bytes
 from stableavatar.models.kernels import check_backend
 from stableavatar.pipeline import StableAvatarPipeline
-from stableavatar.training.config import TrainConfig
+from stableavatar.training.config import TrainConfig, parse_sizes
 from stableavatar.training.encode import SampleEncoder
 from stableavatar.training.estimate import flops_per_sample, table
-from stableavatar.training.learner import Learner, check_trainable
+from stableavatar.training.learner import Learner, check_sharing, check_trainable
 from stableavatar.training.objective import Losses, Objective
 from stableavatar.training.parts import check_model, load_frozen_parts
 from stableavatar.training.processes import gather_objects, make_accelerator, on_main, sum_over_processes
@@ -47,6 +48,7 @@ class Trainer:
         self.folder = RunFolder(config.output, config.checkpoint.keep)
         self.validation = Validation(config, self.accelerator, self.folder.path)
         check_model(config, frozen=self._needs_encoders())
+        check_sharing(config, self.accelerator, [*parse_sizes(config.data.sizes), *self.validation.sizes])
         check_trainable(config)
         check_wandb(config.log)
         check_backend(config.attention, self.accelerator.device, torch.float32)
@@ -71,7 +73,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: a loss or a gradient is not finite.
-            ValueError: too many broken clips.
+            ValueError: too many broken clips, or one that only some of the processes that share it can read.
         """
         with self._watching_signals():
             steps = self.source.steps(self.position.epoch, self.position.epoch_step)
@@ -134,7 +136,11 @@ class Trainer:
 
     def _agree(self, tally: Counter[str], forwards: list[list[Loaded]]) -> dict[str, float]:
         """The step's sums over all processes, and what follows for all alike: a loss that is not finite, broken clips, a signal."""
-        sums = sum_over_processes(self.accelerator, {**tally, "stop": float(self._stop_asked), "broken": float(self.source.new_broken)})
+        own = {**tally, "stop": self._stop_asked, "broken": self.source.new_broken, "unlike": self._difference(forwards)}
+        sums = sum_over_processes(self.accelerator, own)
+        if sums["unlike"]:
+            self._fail("processes that share their samples have read different ones", forwards, ValueError)
+        sums = {name: value / self.config.parallel.size for name, value in sums.items()}  # of those that share, each counts its samples
         if not math.isfinite(sums["loss"]):
             self._fail(f"the loss is not finite ({sums['loss']})", [] if math.isfinite(tally["loss"]) else forwards)
         if self.source.too_many(int(sums["broken"])):
@@ -142,11 +148,17 @@ class Trainer:
         self._stopping = sums["stop"] > 0
         return sums
 
-    def _fail(self, what: str, forwards: list[list[Loaded]]) -> None:
-        """Raises FloatingPointError that names the clips of all processes and the checkpoint to go on from; called by all of them."""
+    def _difference(self, forwards: list[list[Loaded]]) -> int:
+        """Adds up to 0 over processes that share their samples if all of them could read the same."""
+        read = zlib.crc32(repr([(entry.value.name, entry.value.item) for loaded in forwards for entry in loaded]).encode())
+        share = self.config.parallel.size
+        return read * (-1 if self.accelerator.process_index % share else share - 1)
+
+    def _fail(self, what: str, forwards: list[list[Loaded]], kind: type[Exception] = FloatingPointError) -> None:
+        """Raises an error that names the clips of all processes and the checkpoint to go on from; called by all of them."""
         names = gather_objects(self.accelerator, [entry.value.name for loaded in forwards for entry in loaded])
         clips, last = ", ".join(dict.fromkeys(names)), self.folder.last()
-        raise FloatingPointError(f"step {self.position.step + 1}: {what}; clips: {clips}; the last good checkpoint is {last}")
+        raise kind(f"step {self.position.step + 1}: {what}; clips: {clips}; the last good checkpoint is {last}")
 
     def _make_report(self) -> Report:
         """Says what the run will cost, and opens its figures."""

@@ -1,0 +1,1 @@
+"""Several processes, one result: the mesh, sequence, window and guidance parallelism, sharding."""
