@@ -106,6 +106,7 @@ def launched(parallel: ParallelConfig, device: str) -> Iterator[Mesh | None]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process ends already; the launcher is about to ask it to
         logger.debug("what was said: %s", error)
         logger.error("error: another process of this run has ended, and so do all; look for its words above, or for a kill by the system")
         raise SystemExit(1) from None
