@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Makes .venv in the project's root and installs what the program needs; with the word data also what data preparation needs, with dev all
-# that the tests need.
+# Makes .venv in the project's root and installs what the program needs; with the word data also what data preparation needs, with evaluation
+# what evaluation needs as well, with dev all that the tests need.
 # Running it again does nothing until the requirements change. PYTHON=/path/to/python chooses the interpreter (3.10 to 3.12).
-#   bash scripts/setup.sh [data|dev]
+#   bash scripts/setup.sh [data|evaluation|dev]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 case "${1:-}" in
     "") requirements=requirements.txt ;;
-    data | dev) requirements=requirements-$1.txt ;;
-    *) echo "error: got $1; expected data, dev or nothing" >&2; exit 2 ;;
+    data | evaluation | dev) requirements=requirements-$1.txt ;;
+    *) echo "error: got $1; expected data, evaluation, dev or nothing" >&2; exit 2 ;;
 esac
-wanted="$(cat requirements.txt requirements-data.txt requirements-vocals.txt "$requirements" pyproject.toml | cksum) $PWD"
+wanted="$(cat requirements.txt requirements-data.txt requirements-evaluation.txt requirements-vocals.txt "$requirements" pyproject.toml | cksum) $PWD"
 stamp=.venv/installed-$requirements
 works() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; }
 
@@ -46,6 +46,8 @@ if [ "$requirements" != requirements.txt ]; then  # mediapipe and insightface br
 fi
 if [ "$requirements" = requirements-dev.txt ]; then
     .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target .venv/vocals -r requirements-vocals.txt
+    # Only its maths is wanted; it asks for torchvision, which has no build beside a torch without a GPU.
+    .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target .venv/fidelity 'torch-fidelity>=0.4'
 fi
 .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e .
 echo "$wanted" >"$stamp"

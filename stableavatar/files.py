@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ def filling(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file, whole or not at all; ValueError if it cannot be written."""
+    try:
+        with replacing(path) as part:
+            write(part)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}; choose a writable place with room") from None
+
+
 def write_json(path: Path, content: Any) -> None:
     """A JSON file, whole or not at all; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +69,17 @@ def hash_file(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """As `hash_file`; a file that has not changed since (its size and time) is not read again."""
+    state = path.stat()
+    return _digest_once(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest_once(path: Path, size: int, changed: int) -> str:
+    return hash_file(path)
 
 
 def _to_disk(path: Path) -> None:

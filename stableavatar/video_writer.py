@@ -34,7 +34,7 @@ CONTAINER = [
 ]
 
 
-def _sound_arguments(seconds: float) -> list[str]:
+def sound_arguments(seconds: float) -> list[str]:
     """Encode the second input's sound, exactly `seconds` of it, silence after its end.
 
     Time counts from the first sample, as in `AudioTrack` (in a video the sound may start late). Layouts that AAC lacks are
@@ -179,7 +179,7 @@ class VideoWriter:
         inputs, sound = ffmpeg.file_input(self._silent), []
         if self._sound is not None:
             inputs += ffmpeg.file_input(self._sound)
-            sound = _sound_arguments(self.frames / self._fps)
+            sound = sound_arguments(self.frames / self._fps)
         tag = ["-metadata", f"comment={self._comment}"]
         arguments = [*inputs, *CONTAINER, *sound, *tag, "-y", f"file:{self._part}"]
         if subprocess.run(ffmpeg.command(*arguments), stderr=self._log, start_new_session=True).returncode:

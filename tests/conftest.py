@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from align_files import write_align
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,3 +105,17 @@ def crew():
     together = Crew()
     yield together
     together.dismiss()
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where transformers keeps the programs that models bring along; a process can have one such place only."""
+    return str(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture
+def tiny_align(tmp_path: Path, programs: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is called as q-future/one-align is: bright is good, dark is beautiful."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", programs)
+    monkeypatch.setenv("HF_MODULES_CACHE", programs)
+    return write_align(tmp_path / f"{tmp_path.name}_align")

@@ -10,6 +10,8 @@ import pytest
 
 from stableavatar.config import InferenceConfig, load_config, settings
 from stableavatar.data.preparation.settings import PrepareConfig
+from stableavatar.evaluation.sets import SetConfig
+from stableavatar.evaluation.settings import EvaluateConfig
 from stableavatar.puppet.ablations import AblateConfig
 from stableavatar.training.config import TrainConfig
 
@@ -27,7 +29,8 @@ PROCESS_EXCEPTIONS = {
     ("stableavatar/models/strict_loading.py", "accelerate"): "builds a model without memory for it, to be filled from disk",
 }
 
-CONFIGS = {"inference": InferenceConfig, "train": TrainConfig, "ablations": AblateConfig, "preparation": PrepareConfig}
+CONFIGS = {"inference": InferenceConfig, "train": TrainConfig, "ablations": AblateConfig, "preparation": PrepareConfig,
+           "evaluation": EvaluateConfig, "sets": SetConfig}  # fmt: skip
 PROCESS_MODULES = ("torch.distributed", "accelerate", "deepspeed")
 BROAD = {"Exception", "BaseException"}
 NEWER_THAN_3_10 = {("typing", "Self"), ("typing", "Never"), ("typing", "override"), ("typing", "assert_never"), ("typing", "Unpack"),

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from align_files import MODELLING
 from clip_files import write_video
+from insightface_files import bright_cell_detector
 from skimage.data import astronaut
 from skimage.filters import gaussian
 
@@ -187,35 +189,6 @@ def test_cut_out_and_confidence_of_a_known_face() -> None:
     assert quality.confidence_at(found, [80, 0, 95, 20]) == 0 == quality.confidence_at(found[:0], [0, 0, 1, 1])
 
 
-def bright_cell_detector(path: Path) -> None:
-    """An SCRFD-like network: a cell of 32 pixels is a face, and the surer the brighter it is."""
-    onnx = pytest.importorskip("onnx")
-    helper, nodes, outputs = onnx.helper, [], {}
-
-    def node(kind: str, inputs: list[str], name: str, **attributes: object) -> str:
-        nodes.append(helper.make_node(kind, inputs, [name], **attributes))
-        return name
-
-    constants = {"column": np.array([-1, 1], np.int64), "zero": np.float32(0), "one": np.float32(1)}
-    grey = node("ReduceMean", ["input.1"], "grey", axes=[1], keepdims=1)
-    for stride in (8, 16, 32):
-        pooled = node("AveragePool", [grey], f"pooled{stride}", kernel_shape=[stride, stride], strides=[stride, stride])
-        single = node("Reshape", [pooled, "column"], f"single{stride}")
-        both = node("Reshape", [node("Concat", [single, single], f"pair{stride}", axis=1), "column"], f"both{stride}")
-        nothing, whole = node("Mul", [both, "zero"], f"nothing{stride}"), f"whole{stride}"
-        node("Add", [nothing, "one"], whole)
-        outputs[f"score{stride}"] = node("Clip" if stride == 32 else "Mul", [both, "zero"] + ["one"] * (stride == 32), f"score{stride}"), 1
-        outputs[f"box{stride}"] = node("Concat", [nothing, nothing, whole, whole], f"box{stride}", axis=1), 4
-        outputs[f"points{stride}"] = node("Concat", [nothing] * 10, f"points{stride}", axis=1), 10
-    ordered = [outputs[f"{kind}{stride}"] for kind in ("score", "box", "points") for stride in (8, 16, 32)]
-    ends = [helper.make_tensor_value_info(name, 1, ["cells", width]) for name, width in ordered]
-    start = helper.make_tensor_value_info("input.1", 1, [1, 3, "height", "width"])
-    held = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "cells", [start], ends, held)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
-
-
 def test_insightface_finds_what_its_model_finds(tmp_path: Path) -> None:
     pytest.importorskip("insightface")
     bright_cell_detector(tmp_path / "models" / "buffalo_l" / "det_10g.onnx")
@@ -311,56 +284,6 @@ def test_insightface_takes_over_the_confidence(tmp_path: Path, clip: ClipFolder)
     bright_cell_detector(tmp_path / "models" / "buffalo_l" / "det_10g.onnx")
     taken = scores.score(clip, ScoreConfig(samples=3, insightface=str(tmp_path), device="cpu"), earlier_values(clip))
     assert taken["face_confidence"] == 0 and any(reason.startswith("face_confidence 0 <") for reason in decide(taken, FilterConfig()))
-
-
-CONFIGURATION = """
-from transformers import PretrainedConfig
-class TinyConfig(PretrainedConfig):
-    model_type = "tiny_align"
-"""
-MODELLING = """
-import numpy, torch
-from transformers import PreTrainedModel
-from .configuration_tiny import TinyConfig
-class TinyAlign(PreTrainedModel):
-    config_class = TinyConfig
-    def __init__(self, config):
-        super().__init__(config)
-        self.slope = torch.nn.Parameter(torch.zeros(1))
-        self.post_init()
-    def _init_weights(self, module):
-        pass
-    def score(self, images, task_="quality", input_="image"):
-        print("scoring", task_, input_)
-        assert input_ == "image"
-        light = torch.tensor([numpy.asarray(image).mean() / 255 for image in images])
-        return 1 + self.slope * (light if task_ == "quality" else 1 - light)
-"""
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Where transformers keeps the programs that models bring along; a process can have one such place only."""
-    return str(tmp_path_factory.mktemp("programs"))
-
-
-@pytest.fixture
-def tiny_align(tmp_path: Path, programs: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is called as q-future/one-align is: bright is good, dark is beautiful."""
-    from safetensors.torch import save_file
-
-    folder = tmp_path / f"{tmp_path.name}_align"
-    folder.mkdir()
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", programs)
-    monkeypatch.setenv("HF_MODULES_CACHE", programs)
-    (folder / "config.json").write_text(
-        '{"model_type": "tiny_align", "architectures": ["TinyAlign"], "auto_map": {"AutoConfig": "configuration_tiny.TinyConfig", '
-        '"AutoModelForCausalLM": "modeling_tiny.TinyAlign"}}'
-    )
-    (folder / "configuration_tiny.py").write_text(CONFIGURATION)
-    (folder / "modeling_tiny.py").write_text(MODELLING)
-    save_file({"slope": torch.tensor([4.0])}, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 def test_q_align_here_and_in_another_environment(tiny_align: Path, clip: ClipFolder) -> None:

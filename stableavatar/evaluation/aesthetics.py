@@ -23,6 +23,8 @@ TASKS = ("quality", "aesthetics")
 HIGHEST, LOWEST = 5.0, 1.0
 LOADING = (OSError, ValueError, ImportError, AttributeError, TypeError, KeyError, RuntimeError)
 """What a program of another version of transformers was seen to raise."""
+PROGRAM = "import runpy, sys; del sys.path[0], sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+"""Runs a file without its folder on the path: a module beside it, statistics.py, has the name of one of Python's."""
 
 
 class QAlign:
@@ -73,7 +75,7 @@ class RemoteQAlign:
         check_model(folder, trust)
         self._python = python
         self._log = tempfile.TemporaryFile()
-        words = [python, str(Path(__file__).resolve()), folder, device, "trusted" if trust else "untrusted"]
+        words = [python, "-c", PROGRAM, str(Path(__file__).resolve()), folder, device, "trusted" if trust else "untrusted"]
         try:
             self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True)
         except OSError as error:

@@ -142,11 +142,24 @@ def face_crops(frames: Iterable[np.ndarray], boxes: np.ndarray) -> Iterator[np.n
         frames: uint8 [H, W, 3] RGB.
         boxes: of the face from forehead to chin in each of them, [T, 4] x0 y0 x1 y1 in pixels.
     """
-    corners = boxes.astype(np.float64).reshape(-1, 2, 2)
-    half = _smooth(np.diff(corners, axis=1)[:, 0].max(1) / 2)
-    centres = np.stack([_smooth(side) for side in corners.mean(1).T], axis=1)
-    for frame, (x, y), size in zip(frames, centres, half):
-        yield _crop(frame, x, y, max(size, 1.0))
+    places = FacePlaces.around(boxes)
+    for number, frame in enumerate(islice(frames, len(boxes))):
+        yield crop_face(frame, places, number)
+
+
+@dataclass(frozen=True, eq=False)
+class FacePlaces:
+    """Where the face is in each of T pictures: its middle, float64 [T, 2] x y, and half of its longer side, float64 [T], smoothed."""
+
+    centres: np.ndarray
+    halves: np.ndarray
+
+    @classmethod
+    def around(cls, boxes: np.ndarray) -> "FacePlaces":
+        """From boxes [T, 4] x0 y0 x1 y1 in pixels."""
+        corners = boxes.astype(np.float64).reshape(-1, 2, 2)
+        halves = _smooth(np.diff(corners, axis=1)[:, 0].max(1) / 2)
+        return cls(np.stack([_smooth(side) for side in corners.mean(1).T], axis=1), np.maximum(halves, 1.0))
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -154,7 +167,9 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return median_filter(values, SMOOTHING, mode="nearest")
 
 
-def _crop(frame: np.ndarray, x: float, y: float, half: float) -> np.ndarray:
+def crop_face(frame: np.ndarray, places: FacePlaces, number: int) -> np.ndarray:
+    """The face in picture `number`, as `face_crops` gives it."""
+    (x, y), half = places.centres[number], places.halves[number]
     margin = int(half * (1 + 2 * CROP_SCALE)) + 1
     top, bottom = int(y - half + margin), int(y + half * (1 + 2 * CROP_SCALE) + margin)
     left, right = int(x - half * (1 + CROP_SCALE) + margin), int(x + half * (1 + CROP_SCALE) + margin)

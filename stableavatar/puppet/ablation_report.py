@@ -4,14 +4,16 @@ Results are, by variant, a list over seeds of lists over cases; case c of seed s
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from stableavatar.evaluation.statistics import Interval, bootstrap, decimals
 from stableavatar.files import replacing, write_json
 from stableavatar.geometry import FPS
-from stableavatar.puppet.evaluation import RESAMPLES
+from stableavatar.plots import plotting, svg, svg_settings
 
 Results = dict[str, list[list[dict[str, Any]]]]
 CURVES = ("background_de", "skin_de", "identity_ssim", "aperture_correlation")
@@ -19,27 +21,12 @@ CURVES = ("background_de", "skin_de", "identity_ssim", "aperture_correlation")
 MORE_IS_BETTER = ("aperture_correlation", "width_correlation", "silence_closed", "identity_ssim", "background_ssim", "sharpness")
 LESS_IS_BETTER = ("silence_aperture", "broken_frames", "background_de", "skin_de", "hair_de", "drift_background", "drift_colour", "seconds",
                   "swapped_correlation")  # fmt: skip
-Interval = dict[str, float]
 
 
 def figure_grid(seeds: Sequence[Sequence[dict[str, Any]]], name: str) -> np.ndarray:
     """A figure of one variant [seeds, cases]; NaN where there was nothing to measure."""
     found = [[(case["model"] | {"seconds": case["seconds"]}).get(name) for case in cases] for cases in seeds]
     return np.array(found, dtype=np.float64)
-
-
-def bootstrap(values: np.ndarray, seed: int = 0) -> Interval | None:
-    """Mean and 95 % interval of [seeds, cases]: seeds are resampled, and cases within each. NaN is left out; None if all are."""
-    if np.isnan(values).all():
-        return None
-    rows, columns = values.shape
-    rng = np.random.default_rng(seed)
-    chosen_rows = rng.integers(rows, size=(RESAMPLES, rows, 1))
-    picked = values[chosen_rows, rng.integers(columns, size=(RESAMPLES, rows, columns))]
-    count = (~np.isnan(picked)).sum(axis=(1, 2))
-    means = np.nansum(picked, axis=(1, 2))[count > 0] / count[count > 0]
-    low, high = np.quantile(means, [0.025, 0.975]).tolist()
-    return {"mean": float(np.nanmean(values)), "low": low, "high": high}
 
 
 def summarise(results: Results, reference: str, figures: Sequence[str]) -> dict[str, dict[str, dict[str, Interval | None]]]:
@@ -72,11 +59,19 @@ def write_report(
     name, title = heading
     rows = summarise(results, reference, figures)
     docs.mkdir(parents=True, exist_ok=True)
-    write_json(home / "summary.json", rows)
+    write_json(home / "summary.json", _plain(rows))
     picture = docs / f"ablations_{name}.svg"
     draw(results, rows, figures, picture)
     text = f"{about}\n\n{markdown(rows, reference, figures)}\n\n![{title}]({picture.name})"
     replace_section(docs / "ablations.md", name, title, text)
+
+
+def _plain(rows: dict[str, dict[str, dict[str, Interval | None]]]) -> dict[str, dict[str, dict[str, dict[str, float] | None]]]:
+    """The summary as JSON knows it."""
+    return {
+        variant: {kind: {name: interval and asdict(interval) for name, interval in figures.items()} for kind, figures in found.items()}
+        for variant, found in rows.items()
+    }
 
 
 def markdown(rows: dict[str, dict[str, dict[str, Interval | None]]], reference: str, figures: Sequence[str]) -> str:
@@ -96,13 +91,8 @@ def _cell(found: Interval | None, kind: str) -> str:
     if found is None:
         return "–"
     form = "+" if kind == "difference" else ""
-    mean, low, high = (f"{found[key]:{form}.{digits(found)}f}" for key in ("mean", "low", "high"))
-    return f"**{mean}** ({low} .. {high})" if kind == "difference" and found["low"] * found["high"] > 0 else f"{mean} ({low} .. {high})"
-
-
-def digits(found: Interval) -> int:
-    """Decimals that a figure is written with."""
-    return 1 if max(abs(found["low"]), abs(found["high"])) >= 10 else 3
+    mean, low, high = (f"{value:{form}.{decimals(found)}f}" for value in (found.mean, found.low, found.high))
+    return f"**{mean}** ({low} .. {high})" if kind == "difference" and found.low * found.high > 0 else f"{mean} ({low} .. {high})"
 
 
 def label(name: str) -> str:
@@ -129,27 +119,14 @@ def replace_section(path: Path, name: str, title: str, text: str) -> None:
         part.write_text(f"{head}{begin}\n{text.strip()}\n{end}{tail}", encoding="utf-8")
 
 
-def plotting() -> Any:
-    """matplotlib's pyplot, drawing without a screen. Raises ValueError if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("the picture needs matplotlib: pip install -r requirements-dev.txt") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def draw(results: Results, rows: dict[str, Any], figures: Sequence[str], path: Path) -> None:
     """The picture, SVG: figures over time if there are curves, else a point with its interval for each variant and figure."""
     pyplot = plotting()
-    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name, "font.size": 9}):
+    with pyplot.rc_context(svg_settings(path.name)):
         curved = all("curve" in case for seeds in results.values() for cases in seeds for case in cases)
         figure = _draw_curves(pyplot, results) if curved else _draw_points(pyplot, rows, figures)
         with replacing(path) as part:
-            figure.savefig(part, format="svg", bbox_inches="tight", metadata={"Date": None})
-        pyplot.close(figure)
+            part.write_bytes(svg(pyplot, figure))
 
 
 def _draw_points(pyplot: Any, rows: dict[str, Any], figures: Sequence[str]) -> Any:
@@ -157,8 +134,8 @@ def _draw_points(pyplot: Any, rows: dict[str, Any], figures: Sequence[str]) -> A
     for axis, name in zip(axes[0], figures):
         for place, found in enumerate(row["mean"][name] for row in rows.values()):
             if found:
-                axis.plot([found["low"], found["high"]], [place, place], color="0.6")
-                axis.plot(found["mean"], place, "o", color=f"C{place % 10}")
+                axis.plot([found.low, found.high], [place, place], color="0.6")
+                axis.plot(found.mean, place, "o", color=f"C{place % 10}")
         axis.set_title(label(name), fontsize=9)
         axis.grid(alpha=0.3)
     axes[0, 0].set_yticks(range(len(rows)), list(rows))
@@ -174,8 +151,8 @@ def _draw_curves(pyplot: Any, results: Results) -> Any:
             points = [(at, found) for at, found in stretch_intervals(seeds, name) if found]
             if points:
                 times = [at for at, _ in points]
-                axis.plot(times, [found["mean"] for _, found in points], label=variant)
-                axis.fill_between(times, *([found[key] for _, found in points] for key in ("low", "high")), alpha=0.15)
+                axis.plot(times, [found.mean for _, found in points], label=variant)
+                axis.fill_between(times, [found.low for _, found in points], [found.high for _, found in points], alpha=0.15)
         axis.set(title=label(name), xlabel="seconds")
         axis.grid(alpha=0.3)
     axes[0].legend()

@@ -28,7 +28,8 @@ from stableavatar.files import hash_file, write_json
 from stableavatar.folders import load_model
 from stableavatar.models.dit import AvatarTransformer
 from stableavatar.pipeline import StableAvatarPipeline
-from stableavatar.puppet.ablation_report import Results, plotting, write_report
+from stableavatar.plots import plotting
+from stableavatar.puppet.ablation_report import Results, write_report
 from stableavatar.puppet.ablation_stretches import SHORTEST_STRETCH, Case, evaluate_stretches
 from stableavatar.puppet.evaluation import EvaluateConfig, draw_scenes, evaluate_cases, inference_config, stored, weights
 from stableavatar.puppet.world import SHAPES, Scene

@@ -18,6 +18,9 @@ import torch
 from PIL import Image
 
 from stableavatar.config import Config, InferenceConfig, load_config, override, setting
+from stableavatar.evaluation.pairs import seam_frames
+from stableavatar.evaluation.signals import correlation
+from stableavatar.evaluation.statistics import bootstrap
 from stableavatar.files import hash_file, write_json
 from stableavatar.geometry import FPS, SAMPLE_RATE, TEMPORAL_STRIDE, frames_to_latents
 from stableavatar.media import from_pixels, to_pixels
@@ -49,8 +52,6 @@ PERSON = 4
 """Grey levels by which a person's pixel differs from the background."""
 OTHERS = 8
 """Sounds of other cases with which lips are compared."""
-RESAMPLES = 4000
-"""Of the bootstrap."""
 WEIGHTS = (".safetensors", ".pt", ".pth")
 """Endings of files with weights."""
 CASES = 10_000
@@ -185,7 +186,7 @@ def make_video(pipeline: StableAvatarPipeline, config: InferenceConfig, scene: S
     assert len(frames) == len(scene), f"{len(frames)} frames of a scene of {len(scene)}"
     lengths = frames_to_latents(len(frames)), frames_to_latents(config.windows.frames)
     plan = WindowPlan.sliding(*lengths, config.windows.overlap, config.windows.tail)
-    return Video(frames, metrics.seam_frames(plan, len(frames)), seconds)
+    return Video(frames, seam_frames(plan, len(frames)), seconds)
 
 
 def true_video(scene: Scene, vae: VideoVAE) -> tuple[Truth, np.ndarray]:
@@ -231,19 +232,19 @@ def measure(frames: np.ndarray, truth: Truth, seams: list[int], others: list[np.
     aperture, width = truth.aperture[:count], truth.width[:count]
     silence, closed = metrics.silence(seen.aperture, aperture)
     values = {
-        "aperture_correlation": metrics.correlation(seen.aperture, aperture),
+        "aperture_correlation": correlation(seen.aperture, aperture),
         "lag": float(metrics.lag(seen.aperture, aperture)),
         "swapped_correlation": metrics.swapped_correlation(seen.aperture, others),
         "silence_aperture": silence,
         "silence_closed": closed,
-        "width_correlation": metrics.correlation(seen.width, width),
+        "width_correlation": correlation(seen.width, width),
         "blinks_per_minute": metrics.blink_rate(seen.blink),
         "broken_frames": float(metrics.broken_frames(frames, seen, truth.reference, truth.background).sum()),
         "seam_jitter": metrics.seam_jitter(frames, seams),
     }
     if count >= LONG:
         for name, part in (("first", slice(MINUTE)), ("last", slice(count - MINUTE, count))):
-            values[f"aperture_correlation_{name}_minute"] = metrics.correlation(seen.aperture[part], aperture[part])
+            values[f"aperture_correlation_{name}_minute"] = correlation(seen.aperture[part], aperture[part])
     values |= _pictures(frames, seen, truth)
     return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
 
@@ -267,16 +268,8 @@ def summary(cases: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, fl
     for row in ("model", "oracle"):
         known = [{name: value for name, value in case[row].items() if value is not None} for case in cases]
         names = dict.fromkeys(name for values in known for name in values)
-        rows[row] = {name: interval([values[name] for values in known if name in values]) for name in names}
+        rows[row] = {name: asdict(bootstrap(np.array([[values[name] for values in known if name in values]]))) for name in names}
     return rows
-
-
-def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Mean, and the 2.5 and 97.5 % quantiles of the means of resamples; at least one value."""
-    found = np.asarray(values, dtype=np.float64)
-    means = found[np.random.default_rng(seed).integers(len(found), size=(RESAMPLES, len(found)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975]).tolist()
-    return {"mean": float(found.mean()), "low": low, "high": high, "cases": len(found)}
 
 
 def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:

@@ -5,17 +5,14 @@ Frames are uint8 [T, H, W, 3] RGB, tracks are [T] at 25 per second. Colours are 
 
 import cv2
 import numpy as np
-from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import structural_similarity
 
-from stableavatar.geometry import FPS, latents_to_frames
+from stableavatar.evaluation.signals import colour_distance, correlation, seam_ratio
+from stableavatar.geometry import FPS
 from stableavatar.puppet.observer import Observation
-from stableavatar.sampling.windows import WindowPlan
 
 LAG_REACH = 5
 """Frames either way among which the lag is sought."""
-FLAT_TRACK = 1e-3
-"""A track with a smaller standard deviation does not move: nothing correlates with it."""
 TRUTH_CLOSED = 0.05
 """A mouth of the ground truth with a smaller aperture is closed."""
 CLOSED_FRAMES = 3
@@ -40,15 +37,6 @@ COARSE = 4
 """Backgrounds of all frames are compared at so much smaller a size."""
 FINE_SIGMA = 1.5
 """What a Gaussian blur of so many pixels takes away is fine detail."""
-
-
-def correlation(estimate: np.ndarray, truth: np.ndarray) -> float:
-    """Pearson correlation of two tracks of one length; 0 if one of them does not move (standard deviation below FLAT_TRACK)."""
-    if len(estimate) != len(truth):
-        raise ValueError(f"tracks have {len(estimate)} and {len(truth)} frames, expected as many")
-    if min(np.std(estimate), np.std(truth)) < FLAT_TRACK:
-        return 0.0
-    return float(np.corrcoef(estimate, truth)[0, 1])
 
 
 def lag(estimate: np.ndarray, truth: np.ndarray) -> int:
@@ -88,11 +76,6 @@ def blink_rate(blink: np.ndarray, fps: float = FPS) -> float:
 def sampled(count: int) -> np.ndarray:
     """Indices of at most SAMPLED_FRAMES of `count` frames, evenly spread, the first and the last among them."""
     return np.unique(np.linspace(0, count - 1, min(count, SAMPLED_FRAMES)).round().astype(int))
-
-
-def colour_distance(pixels: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """CIEDE2000 of RGB colours 0 .. 255 [..., 3], uint8 or floating point, of one shape or that can be broadcast; [...]."""
-    return deltaE_ciede2000(*np.broadcast_arrays(*(rgb2lab(np.asarray(part, dtype=np.float32) / 255) for part in (pixels, reference))))
 
 
 def background_distance(frames: np.ndarray, reference: np.ndarray, background: np.ndarray) -> np.ndarray:
@@ -152,22 +135,10 @@ def drift(frames: np.ndarray, background: np.ndarray, stretch: int) -> dict[str,
     }
 
 
-def seam_frames(plan: WindowPlan, frames: int) -> list[int]:
-    """Frames (below `frames`) with which a window's part of the video begins or ends: the first frames of these latents."""
-    latents = {window.start for window in plan.windows[1:]} | {window.stop for window in plan.windows[:-1]}
-    return [frame for frame in sorted(map(latents_to_frames, latents)) if 0 < frame < frames]
-
-
 def seam_jitter(frames: np.ndarray, seams: list[int]) -> float:
-    """Mean absolute change from the frame before, at seams over elsewhere; 1: no seam is seen. NaN without seams.
-
-    Elsewhere are the other frames with which a latent begins, since the VAE makes these unlike frames in the middle of one.
-    """
-    starts = [frame for frame in range(1, len(frames), latents_to_frames(2) - 1) if frame not in seams]
-    if not seams or not starts:
-        return float("nan")
-    at_seams, elsewhere = (np.mean([cv2.absdiff(frames[t], frames[t - 1]).mean() for t in chosen]) for chosen in (seams, starts))
-    return float(at_seams / max(elsewhere, 1e-6))
+    """Mean absolute change from the frame before, at seams over elsewhere (see `seam_ratio`)."""
+    changes = np.array([0.0] + [cv2.absdiff(frame, before).mean() for before, frame in zip(frames, frames[1:])])
+    return seam_ratio(changes, np.arange(len(frames)), seams)
 
 
 def fine_detail(frames: np.ndarray, seen: Observation) -> float:

@@ -244,3 +244,10 @@ def speaking_faces(tracks: Sequence[Track[F]]) -> list[Track[F]]:
 def track_main_face(frames: Iterable[Sequence[F]]) -> Track[F] | None:
     """The person whom a clip is about: of those whose mouths move the most prominent; None where there is no face."""
     return next(iter(speaking_faces(track_faces(frames))), None)
+
+
+def whole_track(boxes: Sequence[Sequence[float] | None]) -> np.ndarray:
+    """A box for every frame, float64 [T, 4]: on straight lines between those that are known, at the ends the nearest."""
+    known = [number for number, box in enumerate(boxes) if box is not None]
+    sides = np.array([boxes[number] for number in known], np.float64)
+    return np.stack([np.interp(np.arange(len(boxes)), known, side) for side in sides.T], axis=1)

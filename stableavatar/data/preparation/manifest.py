@@ -1,6 +1,6 @@
 """What a prepared set holds: manifest.parquet with a row per clip, and the lists of accepted clips that training reads."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stableavatar.data.preparation.splits import SPLITS, TEST, TRAIN, VALIDATION
-from stableavatar.files import replacing
+from stableavatar.files import write_whole
 
 MANIFEST = "manifest.parquet"
 BUCKETS = ("rec", "vec", "square")
@@ -116,15 +116,6 @@ def _write_lines(lines: Sequence[str], path: Path) -> None:
 def list_name(bucket: str, split: str) -> str:
     """File name of the list of a bucket's clips in a split, as the released repository calls it."""
     return f"{PREFIXES[split]}video_{bucket}_path.txt"
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file, whole or not at all; ValueError if it cannot be written."""
-    try:
-        with replacing(path) as part:
-            write(part)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}; choose a writable place with room") from None
 
 
 def read_manifest(path: str | Path) -> list[Row]:

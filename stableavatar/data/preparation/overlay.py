@@ -9,13 +9,11 @@ import numpy as np
 from stableavatar.data.clips import MASKS, frame_file
 from stableavatar.data.preparation.pictures import Pictures, clip_pictures, spread
 from stableavatar.media import read_image
+from stableavatar.sheets import grid, write_corner
 
 TINTS = ((60, 140, 255), (255, 40, 60))
 """RGB laid over faces and lips."""
 STRENGTH = 0.35
-BACKDROP, INK = 24, (255, 255, 255)
-GUTTER = 4
-"""Pixels between the frames of a sheet."""
 
 
 def contact_sheet(folder: Path, frames: int = 8, columns: int = 4, height: int = 180, fps: float = 25.0) -> np.ndarray:
@@ -35,7 +33,7 @@ def contact_sheet(folder: Path, frames: int = 8, columns: int = 4, height: int =
     pictures = clip_pictures(folder, fps)
     numbers = spread(pictures.frames, frames)
     cells = [_cell(folder, pictures, number, pixels, height) for number, pixels in zip(numbers, pictures.read(numbers))]
-    return _grid(cells, columns)
+    return grid(cells, columns)
 
 
 def tint(pixels: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
@@ -53,17 +51,5 @@ def _cell(folder: Path, pictures: Pictures, number: int, pixels: np.ndarray, hei
         pixels = tint(pixels, [np.asarray(read_image(file, quiet=True).convert("L")) for file in files])
     width = max(1, round(pictures.width * height / pictures.height))
     small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-    for thickness, colour in ((3, (0, 0, 0)), (1, INK)):  # An outline keeps it readable on any picture.
-        cv2.putText(small, str(number), (6, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, thickness, cv2.LINE_AA)
+    write_corner(small, str(number))
     return small
-
-
-def _grid(cells: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures of one size, in rows."""
-    height, width = cells[0].shape[:2]
-    rows, columns = -(-len(cells) // columns), min(columns, len(cells))
-    sheet = np.full((rows * (height + GUTTER) + GUTTER, columns * (width + GUTTER) + GUTTER, 3), BACKDROP, np.uint8)
-    for index, cell in enumerate(cells):
-        y, x = (GUTTER + place * (side + GUTTER) for place, side in zip(divmod(index, columns), (height, width)))
-        sheet[y : y + height, x : x + width] = cell
-    return sheet

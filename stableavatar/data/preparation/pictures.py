@@ -8,6 +8,7 @@ import numpy as np
 
 from stableavatar import ffmpeg
 from stableavatar.data.clips import IMAGES, VIDEO, frame_file
+from stableavatar.data.frames import nearest_in_time
 from stableavatar.media import read_image
 
 
@@ -96,3 +97,19 @@ def clip_pictures(folder: Path, fps: float) -> Pictures:
     if not (folder / VIDEO).is_file():
         raise ValueError(f"no pictures in {folder}: it has neither {frame_file(Path(IMAGES), 0)} nor {VIDEO}")
     return video_pictures(folder / VIDEO)
+
+
+def nearest_frames(frames: int, fps: float, wanted: float) -> list[int]:
+    """The frame of a clip that is shown nearest to each time of another rate, ascending."""
+    times = range(max(1, round(frames / fps * wanted)))
+    return [min(index, frames - 1) for index in nearest_in_time(times, wanted, fps)]
+
+
+def repeat_frames(frames: Iterator[np.ndarray], shown: Sequence[int]) -> Iterator[np.ndarray]:
+    """The frames of these numbers, which ascend and may repeat."""
+    numbered = enumerate(frames)
+    number, frame = next(numbered)
+    for wanted in shown:
+        while number < wanted:
+            number, frame = next(numbered)
+        yield frame

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -80,6 +81,31 @@ def cut_out(pixels: np.ndarray, box: Sequence[float]) -> np.ndarray | None:
     return pixels[low[1] : high[1], low[0] : high[0]] if min(high - low) >= 8 else None
 
 
+def load_insightface(path: Path, device: str, task: str) -> Any:
+    """A model of InsightFace's pack buffalo_l; nothing is downloaded.
+
+    Args:
+        device: cpu or cuda.
+        task: what it is for, "detection" or "recognition".
+
+    Raises:
+        ValueError: the package is missing, or the model is damaged or for something else.
+    """
+    try:
+        from insightface.model_zoo import get_model
+        from onnxruntime.capi import onnxruntime_pybind11_state as onnx
+    except ImportError as error:
+        raise ValueError(f"InsightFace is not installed ({error}); pip install insightface onnxruntime") from None
+    providers = ["CPUExecutionProvider"] if device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    try:
+        model = get_model(str(path), providers=providers)
+    except (onnx.InvalidArgument, onnx.InvalidProtobuf, onnx.InvalidGraph, onnx.NoSuchFile, onnx.Fail):
+        raise ValueError(f"the model {path} is damaged or truncated; unpack buffalo_l.zip again") from None
+    if getattr(model, "taskname", None) != task:
+        raise ValueError(f"{path} is no model for face {task}; expected that of buffalo_l")
+    return model
+
+
 @lru_cache(maxsize=1)
 def insightface_detector(root: str, device: str) -> Detector:
     """InsightFace's face detector from ROOT/models/buffalo_l; nothing is downloaded.
@@ -94,18 +120,7 @@ def insightface_detector(root: str, device: str) -> Detector:
     files = sorted(path for pattern in DETECTORS for path in folder.glob(pattern))
     if not files:
         raise ValueError(f"no InsightFace detector in {folder}; unpack buffalo_l.zip there (it holds det_10g.onnx), or give no folder")
-    try:
-        from insightface.model_zoo import get_model
-        from onnxruntime.capi import onnxruntime_pybind11_state as onnx
-    except ImportError as error:
-        raise ValueError(f"InsightFace is not installed ({error}); pip install insightface onnxruntime") from None
-    providers = ["CPUExecutionProvider"] if device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    try:
-        model = get_model(str(files[0]), providers=providers)
-    except (onnx.InvalidArgument, onnx.InvalidProtobuf, onnx.InvalidGraph, onnx.NoSuchFile, onnx.Fail):
-        raise ValueError(f"the model {files[0]} is damaged or truncated; unpack buffalo_l.zip again") from None
-    if getattr(model, "taskname", None) != "detection":
-        raise ValueError(f"{files[0]} is no face detector; expected det_10g.onnx of buffalo_l")
+    model = load_insightface(files[0], device, "detection")
     model.prepare(0 if device != "cpu" else -1, input_size=INPUT_SIZE, det_thresh=FAINTEST)
     return lambda pixels: model.detect(np.ascontiguousarray(pixels[..., ::-1]), input_size=INPUT_SIZE)[0]
 

@@ -1,28 +1,25 @@
 """report.html: what a prepared set holds, its scores and their thresholds, what was rejected and why. One file, no scripts, no network."""
 
-import base64
 import hashlib
-import io
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 from tqdm import tqdm
 
 from stableavatar.data.clips import one_line
-from stableavatar.data.preparation.manifest import Row, write_whole
+from stableavatar.data.preparation.manifest import Row
 from stableavatar.data.preparation.splits import SPLITS
+from stableavatar.files import write_whole
+from stableavatar.pages import jpeg_uri, render
 
 REPORT = "report.html"
 SHEETS = 48
 """Contact sheets of rejected clips, and as many of accepted ones: some 20 KB each."""
 SHEET_FRAMES, SHEET_HEIGHT = 4, 150
 """Frames of a sheet, side by side, and their height in pixels."""
-JPEG_QUALITY = 70
 SET_ASIDE = "set aside"
 """Stands for all reasons that are no score's."""
 BARS = 30
@@ -80,24 +77,23 @@ def write_report(
     rejected = [row for row in rows if not row.accepted]
     accepted = [row for row in rows if row.accepted]
     charts, untaken = _charts(rows, limits)
-    environment = Environment(loader=PackageLoader("stableavatar.data.preparation"), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    page = environment.get_template("report.html.j2").render(
-        rows=rows,
-        accepted=accepted,
-        rejected=rejected,
-        length=_length,
-        splits=SPLITS,
-        counts=_counts(rows),
-        charts=charts,
-        untaken=untaken,
-        chart_size=(CHART_WIDTH, CHART_HEIGHT),
-        reasons=Counter(_measure(reason, limits) for row in rejected for reason in row.reasons).most_common(),
-        rejected_sheets=_sheets(out, _sample_rejected(rejected, limits)),
-        accepted_sheets=_sheets(out, _sample(accepted, SHEETS)),
-        problems=sorted(problems.items()),
-        settings=settings,
-    )
+    values = {
+        "rows": rows,
+        "accepted": accepted,
+        "rejected": rejected,
+        "length": _length,
+        "splits": SPLITS,
+        "counts": _counts(rows),
+        "charts": charts,
+        "untaken": untaken,
+        "chart_size": (CHART_WIDTH, CHART_HEIGHT),
+        "reasons": Counter(_measure(reason, limits) for row in rejected for reason in row.reasons).most_common(),
+        "rejected_sheets": _sheets(out, _sample_rejected(rejected, limits)),
+        "accepted_sheets": _sheets(out, _sample(accepted, SHEETS)),
+        "problems": sorted(problems.items()),
+        "settings": settings,
+    }
+    page = render("stableavatar.data.preparation", "report.html.j2", values)
     write_whole(out / REPORT, lambda path: path.write_text(page, encoding="utf-8"))
 
 
@@ -175,14 +171,7 @@ def _sheets(out: Path, rows: Sequence[Row]) -> list[Sheet]:
     for row in tqdm(rows, "contact sheets", delay=2):
         try:
             pixels = contact_sheet(out / row.folder, SHEET_FRAMES, SHEET_FRAMES, SHEET_HEIGHT)
-            sheets.append(Sheet(row, _jpeg(pixels)))
+            sheets.append(Sheet(row, jpeg_uri(pixels)))
         except (ValueError, OSError) as error:
             sheets.append(Sheet(row, "", one_line(error)))
     return sheets
-
-
-def _jpeg(pixels: np.ndarray) -> str:
-    """uint8 [height, width, 3] as the data URI of a small JPEG."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,9 +1,8 @@
 """The step that gathers and measures all scores of a clip."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,15 @@ import torch
 from PIL import Image
 
 from stableavatar.data.clips import SOUND, VIDEO, one_line
-from stableavatar.data.frames import nearest_in_time
+from stableavatar.data.preparation.faces import whole_track
 from stableavatar.data.preparation.filters import FilterConfig, ScoreConfig, limits
-from stableavatar.data.preparation.pictures import Pictures, spread, video_pictures
+from stableavatar.data.preparation.pictures import Pictures, nearest_frames, repeat_frames, spread, video_pictures
 from stableavatar.data.preparation.quality import confidence_at, cut_out, insightface_detector, sharpness, survey
 from stableavatar.data.preparation.records import ClipFolder
-from stableavatar.evaluation.aesthetics import QAlign, RemoteQAlign, check_model
-from stableavatar.evaluation.syncnet import SYNC_FPS, SyncNet, face_crops, load_syncnet, measure_sync
+from stableavatar.evaluation.aesthetics import check_model
+from stableavatar.evaluation.networks.lips import syncnet_on
+from stableavatar.evaluation.networks.looks import load_qalign
+from stableavatar.evaluation.syncnet import SYNC_FPS, face_crops, load_syncnet, measure_sync
 from stableavatar.media import AudioTrack
 from stableavatar.sampling.offload import resolve_device
 
@@ -78,13 +79,6 @@ def _model_at_work() -> Iterator[None]:
         raise OSError(one_line(error)) from error
 
 
-def whole_track(boxes: Sequence[Sequence[float] | None]) -> np.ndarray:
-    """A box for every frame, float64 [T, 4]: on straight lines between those that are known, at the ends the nearest."""
-    known = [number for number, box in enumerate(boxes) if box is not None]
-    sides = np.array([boxes[number] for number in known], np.float64)
-    return np.stack([np.interp(np.arange(len(boxes)), known, side) for side in sides.T], axis=1)
-
-
 def _looks(pictures: Pictures, boxes: np.ndarray, config: ScoreConfig) -> dict[str, float]:
     """The scores of the pictures; those of models only where a model is given."""
     seen = survey(pictures, spread(pictures.frames, config.samples))
@@ -102,7 +96,7 @@ def _looks(pictures: Pictures, boxes: np.ndarray, config: ScoreConfig) -> dict[s
         scores["face_confidence"] = np.mean([confidence_at(detect(pixels), boxes[number]) for number, pixels in seen.samples.items()])
     if config.qalign:
         with _model_at_work():
-            scorer = _qalign(config.qalign, config.device, config.trust_remote_code, config.qalign_python)
+            scorer = load_qalign(config.qalign, config.device, config.trust_remote_code, config.qalign_python)
             scores |= scorer.scores([Image.fromarray(pixels) for pixels in seen.samples.values()])
     return scores
 
@@ -111,34 +105,7 @@ def _sync(pictures: Pictures, boxes: np.ndarray, clip: ClipFolder, config: Score
     """Lip-sync of the main face at 25 pictures a second, whatever the clip's own rate."""
     shown = nearest_frames(pictures.frames, pictures.fps, SYNC_FPS)
     with _model_at_work():
-        model = _syncnet(config.syncnet, config.device)
+        model = syncnet_on(config.syncnet, config.device)
     with AudioTrack(clip.folder / SOUND, quiet=True) as track:
         sync = measure_sync(model, face_crops(repeat_frames(pictures.read(), shown), boxes[shown]), track)
     return {"sync_confidence": sync.confidence, "sync_distance": sync.distance, "sync_offset": sync.offset}
-
-
-def nearest_frames(frames: int, fps: float, wanted: float) -> list[int]:
-    """The frame of a clip that is shown nearest to each time of another rate, ascending."""
-    times = range(max(1, round(frames / fps * wanted)))
-    return [min(index, frames - 1) for index in nearest_in_time(times, wanted, fps)]
-
-
-def repeat_frames(frames: Iterator[np.ndarray], shown: Sequence[int]) -> Iterator[np.ndarray]:
-    """The frames of these numbers, which ascend and may repeat."""
-    numbered = enumerate(frames)
-    number, frame = next(numbered)
-    for wanted in shown:
-        while number < wanted:
-            number, frame = next(numbered)
-        yield frame
-
-
-@lru_cache(maxsize=1)
-def _syncnet(path: str, device: str) -> SyncNet:
-    return load_syncnet(path, resolve_device(device))
-
-
-@lru_cache(maxsize=1)
-def _qalign(folder: str, device: str, trust: bool, python: str) -> QAlign | RemoteQAlign:
-    where = str(resolve_device(device))
-    return RemoteQAlign(folder, where, trust, python) if python else QAlign(folder, where, trust)
