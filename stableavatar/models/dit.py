@@ -24,8 +24,6 @@ from stableavatar.models.modulation import Head, feed_forward, modulate
 from stableavatar.models.rope import Rotary
 from stableavatar.models.sequence import WHOLE_SEQUENCE, WholeSequence
 
-MAX_FLASH_HEAD_DIM = 256
-
 
 @dataclass(frozen=True)
 class AudioFeatures:
@@ -199,7 +197,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         attend = partial(kernels.attend, backend=kernels.prepared_backend(backend))
         for module in self.modules():
-            if isinstance(module, Attention) and module.head_dim <= MAX_FLASH_HEAD_DIM:
+            if isinstance(module, Attention) and module.head_dim <= kernels.MAX_FLASH_HEAD_DIM:
                 module.attend = attend
 
     def forward(

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from stableavatar.models.layout import Plan
 
+MAX_FLASH_HEAD_DIM = 256
+"""Width of a head above which flash kernels give up."""
+
 
 class Attend(Protocol):
     """Signature of `attend`; wrappers (another backend, sequence parallelism) keep it."""

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_FLASH_HEAD_DIM = 256
+from stableavatar.models.kernels import MAX_FLASH_HEAD_DIM
+
 aten = torch.ops.aten
 
 

@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 MISTAKES = (ValueError, OSError)
 """What a user can mend; anything else is ours and keeps its traceback."""
 PATIENCE = timedelta(hours=6)
-"""How long a process waits for the others: the first may be decoding and writing a long video."""
+"""How long a process waits for the others: one may be decoding or writing a long video, or a checkpoint."""
 GRACE = 5.0
 """Seconds that a process has to clean up after a signal."""
 TURN = 0.5

@@ -20,11 +20,12 @@ from stableavatar.data.dataset import ClipDataset
 from stableavatar.data.latent_cache import CacheWriter
 from stableavatar.data.samples import Bucket, Item, Sample
 from stableavatar.geometry import IMAGE_TOKENS, LATENT_CHANNELS, frame_samples
+from stableavatar.parallel.launch import PATIENCE
 from stableavatar.sampling.offload import resolve_device
 from stableavatar.training.config import TrainConfig, parse_lengths, parse_sizes
 from stableavatar.training.encode import SampleEncoder
 from stableavatar.training.parts import check_model, encoding_identity, load_frozen_parts, text_length
-from stableavatar.training.processes import PATIENCE, on_main
+from stableavatar.training.processes import on_main
 from stableavatar.training.source import ignore_signals, list_clips
 
 logger = logging.getLogger(__name__)

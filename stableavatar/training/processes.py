@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -13,13 +12,12 @@ from torch import Tensor
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
+from stableavatar.parallel.launch import PATIENCE
 from stableavatar.sampling.offload import resolve_device
 from stableavatar.training.config import TrainConfig
 
 Result = TypeVar("Result")
 
-PATIENCE = timedelta(hours=6)
-"""How long a process waits for the others: one may be writing a checkpoint or a long validation video."""
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16"}
 
 
