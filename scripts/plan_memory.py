@@ -34,6 +34,7 @@ from stableavatar.parallel.report import report  # noqa: E402
 from stableavatar.parallel.work import Size  # noqa: E402
 from stableavatar.training.config import TrainConfig  # noqa: E402
 from stableavatar.training.estimate import GIB, PARTITIONED, estimate, table  # noqa: E402
+from stableavatar.training.processes import training_dtype  # noqa: E402
 from stableavatar.training.trainable import select, to_training_dtype, trained  # noqa: E402
 
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -69,7 +70,7 @@ def build(config: TrainConfig, name: str) -> AvatarTransformer:
         inject_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.adapter)
     else:
         select(model, config.what)
-    to_training_dtype(model, getattr(torch, config.dtype))
+    to_training_dtype(model, training_dtype(config))
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model

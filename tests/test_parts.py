@@ -12,9 +12,11 @@ from make_tiny_model import tiny_transformer
 from safetensors.torch import save_file
 
 from stableavatar.config import load_config
+from stableavatar.machine import fast_precision
 from stableavatar.models.checkpoint_files import Checkpoint
 from stableavatar.models.strict_loading import export_state_dict
 from stableavatar.pipeline import StableAvatarPipeline
+from stableavatar.puppet import recipe
 from stableavatar.training.config import TrainConfig
 from stableavatar.training.parts import (
     FROZEN,
@@ -24,6 +26,7 @@ from stableavatar.training.parts import (
     load_training_transformer,
     text_length,
 )
+from stableavatar.training.processes import training_dtype
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
@@ -181,3 +184,14 @@ def test_encoded_samples_are_known_by_settings_and_weights(tiny_folder, from_rel
         assert [name for name in identity if other[name] != identity[name]] == [key]
     assert not {*MODELS} & encoding_identity(settings(scratch=scratch)).keys()
     assert {*MODELS} <= encoding_identity(from_released()).keys()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_auto_is_bfloat16_where_the_processor_has_it(known, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: known)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    wanted = torch.bfloat16 if known else torch.float32
+    assert training_dtype(TrainConfig(dtype="auto", device="cpu")) == wanted
+    assert fast_precision(torch.device("cuda")) == torch.bfloat16
+    assert training_dtype(TrainConfig(dtype="float32", device="cpu")) == torch.float32
+    assert recipe.in_bfloat16("auto") == known and recipe.in_bfloat16("bfloat16") and not recipe.in_bfloat16("float32")

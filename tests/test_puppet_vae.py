@@ -25,7 +25,7 @@ from stableavatar.puppet.train_vae import (
 from stableavatar.puppet.vae import BLOCK, PuppetVAE, blocks, fold, from_blocks, unfold
 
 TINY = {"widths": (8, 16, 16), "encoder_depths": (1, 1, 1), "decoder_depths": (1, 1, 1)}
-SETTINGS = VAEConfig(minutes=0, steps=6, batch=2, frames=5, crop=32, lr=5e-3, warmup=2, bfloat16=False, validate_every=3)
+SETTINGS = VAEConfig(minutes=0, steps=6, batch=2, frames=5, crop=32, lr=5e-3, warmup=2, dtype="float32", validate_every=3)
 
 
 def randomised(seed: int = 0) -> PuppetVAE:

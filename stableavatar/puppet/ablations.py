@@ -217,7 +217,7 @@ def training(config: AblateConfig, variant: Variant, seed: int) -> Training:
         raise ValueError(f"variant {variant.name}: a transformer has no {', '.join(unknown)}")
     home = Path(config.home)
     lists = ",".join(str(home / "world" / f"video_{shape}_path.txt") for shape in SHAPES)
-    words = {"data.lists": lists, "data.cache": str(home / "cache"), "model": str(home / "parts")}
+    words = {"data.lists": lists, "data.cache": str(home / "cache_finish"), "model": str(home / "parts")}
     words |= _words(config.train) | variant.train | {"seed": str(seed)}
     written = [f"{key}={value}" for key, value in words.items()]
     settings = load_config(TrainConfig, config.recipe, written)

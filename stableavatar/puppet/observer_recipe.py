@@ -25,7 +25,7 @@ from stableavatar.puppet.face import EYE_Y, MOUTH_Y, Pose, lip_outline
 from stableavatar.puppet.identity import KINDS, Identity, draw_identity
 from stableavatar.puppet.motion import Motion, draw_motion
 from stableavatar.puppet.observer import MOUTH_VIEW, STRIDE, WEIGHTS, Observer, cut_out, load_observer, peaks
-from stableavatar.puppet.recipe import Trainer
+from stableavatar.puppet.recipe import Trainer, autocast
 from stableavatar.puppet.renderer import PLACES, render
 from stableavatar.puppet.vae import PuppetVAE
 from stableavatar.puppet.world import SHAPES, draw_scene
@@ -236,7 +236,7 @@ class ObserverTrainer(Trainer):
         pixels, points = (np.stack(parts) for parts in zip(*(worsen(rng, pool.pixels[i], pool.points[i]) for i in chosen)))
         frames, generator = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, torch.Generator().manual_seed(self.step)
         places, values = jittered(torch.from_numpy(points), JITTER, generator), torch.from_numpy(pool.values[chosen])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("auto"):
             logits = self.observer.locator(frames).float()
         read = self.observer.read(frames, places)
         self.descend(0.2 * heat_loss(logits, torch.from_numpy(points)) + 20 * functional.mse_loss(read, values), NORM)

@@ -14,9 +14,24 @@ from torch import Tensor, nn
 
 from stableavatar.config import Config
 from stableavatar.files import replacing
+from stableavatar.machine import fast_precision
 from stableavatar.models.checkpoint_files import TORCH_ERRORS
 
 logger = logging.getLogger(__name__)
+
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+"""What `autocast` knows: auto is bfloat16 where the CPU has instructions for it."""
+
+
+def in_bfloat16(dtype: str) -> bool:
+    """Whether such a precision (of `PRECISIONS`) is bfloat16 on this machine."""
+    return dtype == "bfloat16" or dtype == "auto" and fast_precision(torch.device("cpu")) == torch.bfloat16
+
+
+def autocast(dtype: str) -> torch.autocast:
+    """Computation on the CPU in such a precision, where bfloat16 is safe."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16(dtype))
 
 
 class Trainer:

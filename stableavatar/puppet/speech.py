@@ -16,7 +16,13 @@ __all__ = ["HELD_OUT_VARIANTS", "KINDS", "KIND_SHARES", "VARIANTS", "Phoneme", "
 KIND_SHARES = {"speech": 0.65, "singing": 0.25, "dancing": 0.1}
 """How often each kind of utterance is drawn, for pictures as for sound alone."""
 KINDS = tuple(KIND_SHARES)
-VARIANTS = ("m1", "m2", "m3", "m4", "m6", "m7", "f1", "f2", "f4", "Andy", "Annie", "steph")
+VARIANTS = (
+    "m1", "m2", "m3", "m4", "m6", "m7", "f1", "f2", "f4", "Alex", "Alicia", "Andrea", "Andy", "Annie", "Denis", "Diogo", "Gene2", "Hugo",
+    "Lee", "Mario", "Mike", "Nguyen", "Reed", "adam", "anika", "antonio", "aunty", "belinda", "boris", "ed", "edward", "grandma", "gustave",
+    "ian", "iven", "john", "kaukovalta", "klatt2", "klatt4", "linda", "max", "michel", "miguel", "norbert", "pablo", "paul", "pedro",
+    "quincy", "robert", "sandro", "shelby", "steph", "victor",
+)  # fmt: skip
+"""Of training: those of espeak-ng's voices that sound like people and keep their pitch; many, so that new ones are understood."""
 HELD_OUT_VARIANTS = ("m5", "m8", "f3", "f5")
 PLOSIVES = tuple("pbtdkɡcɟqʔ")
 LONGEST_CLOSURE = 0.12

@@ -18,7 +18,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCT
 from stableavatar.config import Config, setting
 from stableavatar.files import filling, write_json
 from stableavatar.geometry import SAMPLE_RATE
-from stableavatar.puppet.recipe import Trainer
+from stableavatar.puppet.recipe import PRECISIONS, Trainer, autocast
 from stableavatar.puppet.speech_pool import (
     LONGEST,
     TRACK_RATE,
@@ -55,7 +55,7 @@ class SpeechConfig(Config):
     lr: float = setting(2e-3, "largest learning rate", low=0)
     warmup: int = setting(50, "steps until then", low=1)
     align_weight: float = setting(0.5, "weight of the frame-wise loss next to CTC", low=0)
-    bfloat16: bool = setting(True, "train in bfloat16 where that is safe")
+    dtype: str = setting("auto", "precision of computation; auto is bfloat16 where the CPU has instructions for it", choices=PRECISIONS)
     seed: int = setting(0, "seed of everything", low=0, high=2**31 - 1)
     workers: int = setting(1, "processes that draw utterances", low=1)
     save_every: float = setting(60.0, "seconds between two saves of the state", low=0)
@@ -97,7 +97,7 @@ class SpeechTrainer(Trainer):
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """CTC's and the frame-wise loss of a batch."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
+        with autocast(self.config.dtype):
             result = self.model(batch.waveforms, labels=batch.labels)
         return result.loss, functional.cross_entropy(result.logits.float().transpose(1, 2), batch.classes)
 

@@ -21,7 +21,7 @@ from stableavatar.files import filling
 from stableavatar.folders import load_model
 from stableavatar.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE, frames_to_latents
 from stableavatar.media import from_pixels
-from stableavatar.puppet.recipe import Trainer
+from stableavatar.puppet.recipe import PRECISIONS, Trainer, autocast, in_bfloat16
 from stableavatar.puppet.vae import PuppetVAE, blocks
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class VAEConfig(Config):
     edge_weight: float = setting(1.0, "of the loss of differences between neighbouring pixels, in time too", low=0)
     kl_weight: float = setting(1e-6, "of the divergence of latents from normal ones", low=0)
     jitter: float = setting(0.05, "noise on the decoder's latents, in their standard deviations", low=0)
-    bfloat16: bool = setting(True, "compute in bfloat16 where that is safe")
+    dtype: str = setting("auto", "precision of computation; auto is bfloat16 where the CPU has instructions for it", choices=PRECISIONS)
     seed: int = setting(0, "seed of everything", low=0, high=2**31 - 1)
     save_every: float = setting(60.0, "seconds between saved states", low=0)
     validate_every: int = setting(200, "steps between measurements", low=1)
@@ -172,7 +172,7 @@ class VAETrainer(Trainer):
         config, (batch, frames, height, width, _) = self.config, pixels.shape
         shape = (batch, frames_to_latents(frames), height // SPATIAL_STRIDE, width // SPATIAL_STRIDE, self.vae.config.z_dim)
         noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+        with autocast(config.dtype):
             result, mean, log_variance = self.vae(pixels, noise, config.jitter)
         loss = reconstruction_loss(result.float(), pixels, lips, config)
         return loss + config.kl_weight * divergence(mean, log_variance)
@@ -222,7 +222,7 @@ def train_on(clips: ClipStore, held_out: ClipStore, config: VAEConfig, start: Pu
     vae.eval()
     if not config.decoder_only:
         vae.set_statistics(*latent_statistics(vae, clips))
-    vae.register_to_config(bfloat16=config.bfloat16)
+    vae.register_to_config(bfloat16=in_bfloat16(config.dtype))
     with filling(output) as part:
         vae.save_pretrained(part)
     logger.info("PSNR %.2f dB, of the mouth %.2f dB", *psnr(vae, held_out))

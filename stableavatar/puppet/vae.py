@@ -201,9 +201,9 @@ class PuppetVAE(ModelMixin, ConfigMixin):
     def __init__(
         self,
         z_dim: int = LATENT_CHANNELS,
-        widths: Sequence[int] = (48, 96, 192),
-        encoder_depths: Sequence[int] = (1, 2, 2),
-        decoder_depths: Sequence[int] = (2, 3, 3),
+        widths: Sequence[int] = (32, 64, 128),
+        encoder_depths: Sequence[int] = (1, 2, 3),
+        decoder_depths: Sequence[int] = (2, 3, 4),
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
         bfloat16: bool = False,

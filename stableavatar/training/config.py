@@ -129,8 +129,8 @@ class TrainConfig(Config):
     accumulation: int = setting(1, "forwards per optimiser step", low=1)
     seed: int = setting(42, "seed of everything random", low=0, high=2**63 - 1)
     device: str = setting("auto", "every process takes its own GPU; auto is the CPU where there is none", choices=("auto", "cpu", "cuda"))
-    dtype: str = setting("bfloat16", "precision of computation; trained weights stay in float32 (with DeepSpeed: their master copy)",
-                         choices=("float32", "bfloat16"))
+    dtype: str = setting("bfloat16", "precision of computation; trained weights stay in float32 (with DeepSpeed: their master copy); "
+                         "auto is bfloat16 but on CPUs without instructions for it", choices=("auto", "float32", "bfloat16"))
     gradient_checkpointing: bool = setting(True, "compute blocks again in the backward pass instead of keeping their activations")
     attention: str = setting("native", "attention backend by its diffusers name")
     compile: bool = setting(False, "torch.compile the transformer's blocks")

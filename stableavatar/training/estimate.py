@@ -18,6 +18,7 @@ from stableavatar.models.dit import AvatarTransformer
 from stableavatar.training.config import OptimizerConfig, TrainConfig, parse_lengths, parse_sizes
 from stableavatar.training.cost import Precision, step_cost
 from stableavatar.training.optimizer import MUON_REGIONS
+from stableavatar.training.processes import training_dtype
 from stableavatar.training.trainable import is_matrix, region, trained
 
 GIB = 2**30
@@ -115,8 +116,8 @@ def configured_buckets(config: TrainConfig) -> list[Bucket]:
 
 def precision(config: TrainConfig, strategy: str) -> Precision:
     """DeepSpeed turns all weights into `dtype`; otherwise autocast computes in it."""
-    dtype = getattr(torch, config.dtype)
-    return Precision(False, dtype) if strategy.startswith("zero") else Precision(dtype == torch.bfloat16)
+    own = training_dtype(config)
+    return Precision(False, own) if strategy.startswith("zero") else Precision(own == torch.bfloat16)
 
 
 def standing_bytes(model: nn.Module, config: TrainConfig, processes: int, strategy: str) -> dict[str, int]:
@@ -157,7 +158,7 @@ def encoder_bytes(config: TrainConfig) -> dict[str, int]:
     """Of the frozen parts by name: of the folder `model`, or as published; none if a latent cache takes their place."""
     if config.data.cache:
         return {}
-    return encoder_sizes(config.model, getattr(torch, config.dtype))
+    return encoder_sizes(config.model, training_dtype(config))
 
 
 def encoder_sizes(model: str, dtype: torch.dtype) -> dict[str, int]:

@@ -19,7 +19,7 @@ from stableavatar.training.ema import Ema
 from stableavatar.training.estimate import estimate
 from stableavatar.training.optimizer import clip_gradients, make_optimizer, make_schedule
 from stableavatar.training.parts import load_training_transformer, transformer_settings
-from stableavatar.training.processes import data_parallel, on_main, strategy
+from stableavatar.training.processes import data_parallel, on_main, strategy, training_dtype
 from stableavatar.training.state import ExactState, write_transformer
 from stableavatar.training.trainable import parameter_groups, select, to_training_dtype, trained
 
@@ -67,7 +67,7 @@ def make_trainable(transformer: AvatarTransformer, config: TrainConfig) -> Train
         lora = add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.adapter, config.seed)
     else:
         select(transformer, config.what)
-    to_training_dtype(transformer, getattr(torch, config.dtype))
+    to_training_dtype(transformer, training_dtype(config))
     transformer.set_attention_backend(config.attention)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -89,7 +89,7 @@ class Learner:
     def __init__(self, config: TrainConfig, accelerator: Accelerator, total_steps: int, buckets: Sequence[Bucket]) -> None:
         self.config, self.accelerator = config, accelerator
         # A base that stays frozen is read in what it computes in; what trains becomes float32 below.
-        transformer = load_training_transformer(config, getattr(torch, config.dtype) if config.what == "lora" else None)
+        transformer = load_training_transformer(config, training_dtype(config) if config.what == "lora" else None)
         self.lora = make_trainable(transformer, config)
         self.text_length = transformer.config.text_length
         self.plans = on_main(accelerator, lambda: estimate(transformer, config, accelerator.num_processes, strategy(accelerator), buckets))

@@ -14,6 +14,7 @@ from stableavatar.models.strict_loading import place
 from stableavatar.models.weights import BASE_CONFIG_FILE, ReleasedFiles, load_transformer, read_base_config
 from stableavatar.pipeline import StableAvatarPipeline
 from stableavatar.training.config import TrainConfig
+from stableavatar.training.processes import training_dtype
 
 FROZEN = ("vae", "text_encoder", "tokenizer", "image_encoder", "audio_encoder", "audio_processor")
 """The pipeline's components that never train."""
@@ -63,13 +64,13 @@ def load_training_transformer(config: TrainConfig, dtype: torch.dtype | None = N
 
 
 def load_frozen_parts(config: TrainConfig) -> dict[str, Any]:
-    """The components of FROZEN by name, on the host: text and image encoder in config.dtype, VAE and wav2vec2 in float32.
+    """The components of FROZEN by name, on the host: text and image encoder in the precision of training, VAE and wav2vec2 in float32.
 
     Raises:
         ValueError: what `check_model` raises, files that are damaged or of another model.
     """
     check_model(config, transformer=False)
-    dtype = getattr(torch, config.dtype)
+    dtype = training_dtype(config)
     if not config.model:
         parts = _released(config).load_encoders(dtype)
     else:
@@ -102,7 +103,7 @@ def encoding_identity(config: TrainConfig) -> dict[str, Any]:
         "seed": config.seed,
         "data.fps": config.data.fps,
         "data.source_fps": config.data.source_fps,
-        "dtype": config.dtype,
+        "dtype": str(training_dtype(config)).removeprefix("torch."),
         "text_length": text_length(config),
     }
     if config.model:

@@ -12,13 +12,19 @@ from torch import Tensor
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
+from stableavatar.machine import fast_precision
 from stableavatar.parallel.launch import PATIENCE
 from stableavatar.sampling.offload import resolve_device
 from stableavatar.training.config import TrainConfig
 
 Result = TypeVar("Result")
 
-MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16"}
+MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16"}
+
+
+def training_dtype(config: TrainConfig) -> torch.dtype:
+    """What `config.dtype` says, on this machine."""
+    return fast_precision(resolve_device(config.device)) if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -31,7 +37,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """
     on_cpu, deepspeed = resolve_device(config.device).type == "cpu", parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
-        mixed_precision=MIXED_PRECISION[config.dtype],
+        mixed_precision=MIXED_PRECISION[training_dtype(config)],
         cpu=on_cpu and not deepspeed,  # accelerate's cpu=True would do without DeepSpeed
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulation, sync_with_dataloader=False),
         kwargs_handlers=[

@@ -24,7 +24,7 @@ from stableavatar.training.estimate import flops_per_sample, table
 from stableavatar.training.learner import Learner, check_sharing, check_trainable
 from stableavatar.training.objective import Losses, Objective
 from stableavatar.training.parts import check_model, load_frozen_parts
-from stableavatar.training.processes import gather_objects, make_accelerator, on_main, sum_over_processes
+from stableavatar.training.processes import gather_objects, make_accelerator, on_main, sum_over_processes, training_dtype
 from stableavatar.training.report import GIB, Report, Workers, check_wandb
 from stableavatar.training.run_folder import RunFolder, read_record
 from stableavatar.training.source import SIGNALS, SampleSource
@@ -165,7 +165,7 @@ class Trainer:
         plans, device = self.learner.plans, self.accelerator.device
         self._say("memory of each process by estimate, GiB (activations are those of the largest moment of a step):\n%s",
                   table(plans, round(memory_bytes(device) / GIB, 1)))
-        workers = Workers(device, getattr(torch, self.config.dtype), self.accelerator.num_processes)
+        workers = Workers(device, training_dtype(self.config), self.accelerator.num_processes)
         folder = self.folder.path if self.accelerator.is_main_process else None
         return Report(self.config.log, folder, flops_per_sample(plans, self.config), workers, self.position.step, self.total_steps)
 
