@@ -2,6 +2,7 @@
 # Makes the small model of examples/puppet from nothing, on 2 CPU cores: world, VAE, speech encoder, latents, transformer, folder, figures.
 # Started again it goes on where it was. With the word quick everything is small: a test of the recipe in minutes, not a model to use.
 #   bash scripts/train_puppet.sh [quick] [HOME]       HOME: where all of it is kept (runs/puppet, runs/puppet_quick); the model is HOME/model
+#   SPEECH=examples/puppet bash scripts/train_puppet.sh      takes the speech encoder of a folder instead of training one
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev
@@ -16,8 +17,6 @@ if [ "${1:-}" = quick ]; then
     frames="data.frames=45" begin="max_steps=20 checkpoint.every=20 optimizer.warmup=5" finish="max_steps=4 checkpoint.every=4"
 fi
 home=${1:-$home}
-# Large tensors stay with the process instead of going back to the system after every use: up to twice as fast (glibc).
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
 # Small programs run side by side with a core each; VAE and transformer train on both.
 python() { OMP_NUM_THREADS=1 .venv/bin/python "$@"; }
 both() { OMP_NUM_THREADS=1 .venv/bin/python -m torch.distributed.run --nproc_per_node 2 --master_port "${MASTER_PORT:-29511}" "$@"; }
@@ -32,15 +31,22 @@ train() {
 }
 
 python scripts/puppet.py world output=$home/world $world
-OMP_NUM_THREADS=1 .venv/bin/python scripts/puppet.py speech output=$home/speech $speech &
-trap "kill $! 2>/dev/null || true" EXIT  # it would outlive an interruption or a failure of the VAE
+listening=${SPEECH:-$home/speech} learner=
+if [ -z "${SPEECH:-}" ]; then
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/puppet.py speech output=$home/speech $speech &
+    learner=$!
+    trap "kill $learner 2>/dev/null || true" EXIT  # it would outlive an interruption or a failure of the VAE
+fi
+# Large tensors stay with the process instead of going back to the system after every use: up to twice as fast (glibc). Not for the
+# speech encoder: batches of many lengths would leave holes.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
 .venv/bin/python scripts/puppet.py vae lists=${lists%,} output=$home/vae $vae
-wait $!
+if [ -n "$learner" ]; then wait $learner; fi
 trap - EXIT
-python scripts/puppet.py assemble vae=$home/vae speech=$home/speech output=$home/parts
-# First small pictures and half the frames, where a step costs a quarter: what is heard and what is copied is learned there as well.
+python scripts/puppet.py assemble vae=$home/vae speech=$listening output=$home/parts
+# First small pictures and half the frames, where a step costs less than half: what is heard and what is copied is learned there as well.
 train begin "data.sizes=96x96 data.frames=41 data.runs=2" batch=4 optimizer.schedule=constant $begin
 # Then as in use: all shapes, the 21 latent frames of a window, and a learning rate that falls to zero.
 train finish "$frames" scratch= transformer="$(last $home/begin)" $finish
-python scripts/puppet.py assemble vae=$home/vae speech=$home/speech transformer="$(last $home/finish)" output=$home/model
+python scripts/puppet.py assemble vae=$home/vae speech=$listening transformer="$(last $home/finish)" output=$home/model
 python scripts/puppet.py evaluate model=$home/model output=$home/evaluation.json $check

@@ -24,7 +24,7 @@ class AssembleConfig(Config):
     """The settings of `puppet.py assemble`."""
 
     vae: str = setting("runs/puppet/vae", "folder of the trained VAE")
-    speech: str = setting("runs/puppet/speech", "folder of the trained speech encoder")
+    speech: str = setting("runs/puppet/speech", "folder of the trained speech encoder, or of a pipeline that has it")
     transformer: str = setting("", "folder of a trained transformer, as in a run's checkpoints; empty for random weights")
     settings: str = setting("configs/train/puppet_transformer.json", "settings of a transformer of random weights")
     output: str = setting("runs/puppet/model", "pipeline folder to write")
@@ -44,8 +44,8 @@ def assemble(config: AssembleConfig) -> None:
     pipe = StableAvatarPipeline(
         transformer=_transformer(config).eval(),
         vae=load_model(PuppetVAE, Path(config.vae), torch.float32).eval(),
-        audio_encoder=_speech_encoder(Path(config.speech)).eval(),
-        audio_processor=_speech_processor(Path(config.speech)),
+        audio_encoder=_speech_encoder(_part(config.speech, "audio_encoder")).eval(),
+        audio_processor=_speech_processor(_part(config.speech, "audio_processor")),
         **frozen_parts(config.seed),
     )
     part = output.with_name(output.name + ".partial")
@@ -62,6 +62,11 @@ def _transformer(config: AssembleConfig) -> AvatarTransformer:
         return load_model(AvatarTransformer, Path(config.transformer), torch.float32)
     torch.manual_seed(config.seed)
     return from_scratch(Path(config.settings), torch.float32)
+
+
+def _part(folder: str, name: str) -> Path:
+    """A component of a pipeline folder; of any other folder the folder itself."""
+    return Path(folder) / name if (Path(folder) / INDEX_FILE).is_file() else Path(folder)
 
 
 def _speech_encoder(folder: Path) -> Wav2Vec2Model:

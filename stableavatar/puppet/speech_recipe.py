@@ -48,9 +48,9 @@ class SpeechConfig(Config):
     """The settings of `puppet.py speech`."""
 
     output: str = setting("checkpoints/puppet/speech", "folder of the encoder and of the training's state")
-    steps: int = setting(10000, "training steps", low=1)
+    steps: int = setting(5000, "training steps", low=1)
     batch: int = setting(4, "segments of a step, each 1.64 to 3.24 s", low=1)
-    pool: int = setting(6000, "utterances that segments are cut from", low=1)
+    pool: int = setting(4000, "utterances that segments are cut from", low=1)
     held_out: int = setting(120, "utterances of other voices and words to measure it on; as many of training's fit the probe", low=2)
     lr: float = setting(2e-3, "largest learning rate", low=0)
     warmup: int = setting(50, "steps until then", low=1)
