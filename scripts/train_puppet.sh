@@ -9,10 +9,17 @@ bash scripts/setup.sh dev
 
 world="clips=1500" vae="" speech="" check="cases=50"
 begin="max_steps=6000" finish="max_steps=2000" frames=""
+# In bfloat16 plain products train faster than the fused kernel (1.5 times), and compiled blocks faster still (a quarter); in float32 neither does.
+fast=""
+if .venv/bin/python -c 'import sys, torch; from stableavatar.machine import fast_precision as f; sys.exit(f(torch.device("cpu")) != torch.bfloat16)'; then
+    fast="attention=_native_math"
+    if command -v c++ >/dev/null; then fast="$fast compile=true"; fi
+fi
 home=runs/puppet
 if [ "${1:-}" = quick ]; then
     shift
     home=runs/puppet_quick  # its own: neither goes on from what the other left
+    fast=${fast% compile=true}  # which takes longer than these few steps
     world="clips=24 frames=45" vae="steps=60" speech="steps=30 pool=60" check="cases=1 frames=25"
     frames="data.frames=45" begin="max_steps=20 checkpoint.every=20 optimizer.warmup=5" finish="max_steps=4 checkpoint.every=4"
 fi
@@ -27,7 +34,7 @@ train() {
     local name=$1 data="data.lists=${lists%,} data.cache=$home/cache_$1 model=$home/parts $2"
     shift 2
     both scripts/cache_latents.py configs/train/puppet.yaml $data
-    .venv/bin/python train.py configs/train/puppet.yaml $data output=$home/$name resume=latest "$@"
+    .venv/bin/python train.py configs/train/puppet.yaml $data output=$home/$name resume=latest $fast "$@"
 }
 
 python scripts/puppet.py world output=$home/world $world

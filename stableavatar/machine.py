@@ -46,6 +46,11 @@ def fast_precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type != "cpu" or known else torch.float32
 
 
+def named_precision(name: str, device: torch.device) -> torch.dtype:
+    """float32 or bfloat16 by their name; auto is the device's `fast_precision`."""
+    return fast_precision(device) if name == "auto" else getattr(torch, name)
+
+
 def memory_bytes(device: torch.device) -> int:
     """All the memory that a device has."""
     if device.type == "cuda":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stableavatar.config import Config
 from stableavatar.files import replacing
-from stableavatar.machine import fast_precision
+from stableavatar.machine import named_precision
 from stableavatar.models.checkpoint_files import TORCH_ERRORS
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 def in_bfloat16(dtype: str) -> bool:
     """Whether such a precision (of `PRECISIONS`) is bfloat16 on this machine."""
-    return dtype == "bfloat16" or dtype == "auto" and fast_precision(torch.device("cpu")) == torch.bfloat16
+    return named_precision(dtype, torch.device("cpu")) == torch.bfloat16
 
 
 def autocast(dtype: str) -> torch.autocast:

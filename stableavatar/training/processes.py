@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
-from stableavatar.machine import fast_precision
+from stableavatar.machine import named_precision
 from stableavatar.parallel.launch import PATIENCE
 from stableavatar.sampling.offload import resolve_device
 from stableavatar.training.config import TrainConfig
@@ -24,7 +24,7 @@ MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16"}
 
 def training_dtype(config: TrainConfig) -> torch.dtype:
     """What `config.dtype` says, on this machine."""
-    return fast_precision(resolve_device(config.device)) if config.dtype == "auto" else getattr(torch, config.dtype)
+    return named_precision(config.dtype, resolve_device(config.device))
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
