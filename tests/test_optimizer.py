@@ -14,7 +14,7 @@ from stableavatar.models.dit import AvatarTransformer
 from stableavatar.models.layout import TokenLayout
 from stableavatar.training.config import OptimizerConfig
 from stableavatar.training.ema import Ema
-from stableavatar.training.optimizer import MuonAdamW, clip_gradients, clip_limit, make_optimizer, make_schedule
+from stableavatar.training.optimizer import MuonAdamW, clip_gradients, clip_limit, make_optimizer, make_schedule, orthogonal
 from stableavatar.training.trainable import parameter_groups, region, select, to_training_dtype, trained
 
 CONFIG = OptimizerConfig(lr=1e-2, warmup=2)
@@ -25,8 +25,6 @@ OPTIMIZERS = ("adamw", "adamw8bit", "muon", "came")
 def config_or_skip(name: str) -> OptimizerConfig:
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name])
-    if name == "muon" and not hasattr(torch.optim, "Muon"):
-        pytest.skip("this torch has no Muon")
     return replace(CONFIG, name=name)
 
 
@@ -189,6 +187,35 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(dit):
     by_adamw = {name for name, parameter in dit.named_parameters() if "exp_avg_sq" in optimizer.state[parameter]}
     assert by_muon == {name for name, p in dit.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
     assert by_muon | by_adamw == {name for name, _ in dit.named_parameters()} and not by_muon & by_adamw
+
+
+@pytest.mark.parametrize("shape", [(24, 96), (96, 24), (32, 32)])
+def test_muon_moves_as_the_librarys(shape):
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    config = replace(CONFIG, name="muon", lr=0.1, weight_decay=0.1)
+    torch.manual_seed(0)
+    ours = nn.Linear(*shape[::-1], bias=False)
+    theirs = copy.deepcopy(ours)
+    start = ours.weight.detach().clone()
+    groups = [{"name": "blocks", "params": [ours.weight], "lr": 0.1, "weight_decay": 0.1}]
+    for optimizer in (
+        MuonAdamW(groups, config),
+        torch.optim.Muon(theirs.parameters(), 0.1, weight_decay=0.1, momentum=config.beta1, adjust_lr_fn="match_rms_adamw"),
+    ):
+        generator = torch.Generator().manual_seed(1)
+        weight = optimizer.param_groups[0]["params"][0]
+        for _ in range(3):
+            weight.grad = torch.randn(shape, generator=generator)
+            optimizer.step()
+    moved = (theirs.weight - start).norm()
+    assert (ours.weight - theirs.weight).norm() < 0.02 * moved, "more than rounding to bfloat16"
+
+
+def test_orthogonal_sets_singular_values_near_one():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.linalg.svdvals(orthogonal(torch.randn(16, 64, generator=generator)).float())
+    assert values.min() > 0.6 and values.max() < 1.3, values
 
 
 def test_muon_with_matrices_alone_and_with_a_closure():

@@ -14,6 +14,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
+from torch.optim import Optimizer
 
 from stableavatar.config import Config, setting
 from stableavatar.data.clips import IMAGES, MASKS, frame_file, read_lists
@@ -23,6 +24,8 @@ from stableavatar.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE, frames_to_lat
 from stableavatar.media import from_pixels
 from stableavatar.puppet.recipe import PRECISIONS, Trainer, autocast, in_bfloat16
 from stableavatar.puppet.vae import PuppetVAE, blocks
+from stableavatar.training.config import OptimizerConfig
+from stableavatar.training.optimizer import MUON_REGIONS, make_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +49,16 @@ class VAEConfig(Config):
     start: str = setting("", "folder of a VAE to begin with; a new one if empty")
     decoder_only: bool = setting(False, "leave the encoder as it is, so that latents in use stay valid")
     held_out: int = setting(16, "clips spread over the lists that it does not see, to measure with", low=1)
-    steps: int = setting(14_000, "the learning rate is down at zero after so many", low=1)
+    steps: int = setting(2500, "the learning rate is down at zero after so many", low=1)
     minutes: float = setting(0.0, "or after so many minutes, if that is sooner; 0 for no such limit", low=0)
-    batch: int = setting(4, "clips of a step", low=1)
+    batch: int = setting(8, "clips of a step", low=1)
     frames: int = setting(9, "frames of each, 1 + 4k", low=1 + TEMPORAL_STRIDE)
-    crop: int = setting(64, "their height and width in pixels, a multiple of 8", low=8)
-    lr: float = setting(1.5e-3, "largest learning rate", low=0)
-    warmup: int = setting(100, "steps until it is reached", low=1)
+    crop: int = setting(48, "their height and width in pixels, a multiple of 8", low=8)
+    lr: float = setting(3e-3, "largest learning rate", low=0)
+    warmup: int = setting(50, "steps until it is reached", low=1)
     decay: float = setting(0.995, "of the moving average of the weights, which is what is kept", low=0, high=1)
     lip_weight: float = setting(10.0, "how much more an error within the lip mask counts", low=0)
-    lip_crops: float = setting(0.7, "part of the crops that are around the mouth", low=0, high=1)
+    lip_crops: float = setting(0.6, "part of the crops that are around the mouth", low=0, high=1)
     edge_weight: float = setting(1.0, "of the loss of differences between neighbouring pixels, in time too", low=0)
     kl_weight: float = setting(1e-6, "of the divergence of latents from normal ones", low=0)
     jitter: float = setting(0.05, "noise on the decoder's latents, in their standard deviations", low=0)
@@ -147,8 +150,7 @@ class VAETrainer(Trainer):
     def __init__(self, vae: PuppetVAE, config: VAEConfig) -> None:
         vae.encoder.requires_grad_(not config.decoder_only)
         self.vae, self.seconds, self.average = vae.train(), 0.0, EMAModel(vae.parameters(), decay=config.decay)
-        optimizer = torch.optim.AdamW(vae.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=1e-3, foreach=True)
-        super().__init__(config, optimizer, vae=vae, average=self.average)
+        super().__init__(config, _optimizer(vae, config.lr), vae=vae, average=self.average)
 
     @property
     def progress(self) -> float:
@@ -176,6 +178,16 @@ class VAETrainer(Trainer):
             result, mean, log_variance = self.vae(pixels, noise, config.jitter)
         loss = reconstruction_loss(result.float(), pixels, lips, config)
         return loss + config.kl_weight * divergence(mean, log_variance)
+
+
+def _optimizer(vae: PuppetVAE, lr: float) -> Optimizer:
+    """Muon for the matrices between hidden channels, which are more than a latent's; AdamW for all else."""
+    hidden = [weight for weight in vae.parameters() if weight.ndim == 2 and min(weight.shape) > vae.config.z_dim]
+    chosen = set(map(id, hidden))
+    others = [weight for weight in vae.parameters() if id(weight) not in chosen]
+    parts = {MUON_REGIONS[0]: hidden, "others": others}
+    groups = [{"name": name, "params": weights, "lr": lr, "weight_decay": 1e-3} for name, weights in parts.items()]
+    return make_optimizer(groups, OptimizerConfig("muon", lr, beta1=0.95, beta2=0.99, eps=1e-8))
 
 
 def train_vae(config: VAEConfig) -> None:

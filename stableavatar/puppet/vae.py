@@ -50,17 +50,17 @@ class Memory:
         return len(others) == len(self.frames) and all(map(torch.equal, self.frames, others))
 
 
-class Conv(nn.Conv2d):
-    """A convolution of every frame of [B, T, H, W, C]; 3 x 3."""
+class Conv(nn.Linear):
+    """A 3 x 3 convolution of every frame of [B, T, H, W, C]; its weights are one matrix [out, 3 * 3 * width], as Muon wants them."""
 
     def __init__(self, width: int, out: int) -> None:
-        super().__init__(width, out, 3, padding=1)
+        super().__init__(9 * width, out)
         nn.init.normal_(self.weight, std=(9 * width) ** -0.5)
         nn.init.zeros_(self.bias)
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, frames: Tensor) -> Tensor:
-        result = super().forward(frames.flatten(0, 1).permute(0, 3, 1, 2))
+        kernel = self.weight.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        result = functional.conv2d(frames.flatten(0, 1).permute(0, 3, 1, 2), kernel, self.bias, padding=1)
         return result.permute(0, 2, 3, 1).unflatten(0, frames.shape[:2])
 
 

@@ -52,7 +52,7 @@ class LoraConfig:
 
 @dataclass
 class OptimizerConfig:
-    name: str = setting("adamw", "adamw; adamw8bit (bitsandbytes), muon (torch >= 2.9) or came (came-pytorch) where installed",
+    name: str = setting("adamw", "adamw or muon; adamw8bit (bitsandbytes) or came (came-pytorch) where installed",
                         choices=("adamw", "adamw8bit", "muon", "came"))
     lr: float = setting(1e-5, "learning rate: 1e-5 in the paper, 1e-4 in the released scripts", low=0)
     adapter_lr: float = setting(0.0, "learning rate of the audio adapter; 0 for that of the rest", low=0)
