@@ -2,7 +2,7 @@
 # Makes the small model of examples/puppet from nothing, on 2 CPU cores: world, VAE, speech encoder, latents, transformer, folder, figures.
 # Started again it goes on where it was. With the word quick everything is small: a test of the recipe in minutes, not a model to use.
 #   bash scripts/train_puppet.sh [quick] [HOME]       HOME: where all of it is kept (runs/puppet, runs/puppet_quick); the model is HOME/model
-#   SPEECH=examples/puppet bash scripts/train_puppet.sh      takes the speech encoder of a folder instead of training one
+#   SPEECH=examples/puppet VAE=examples/puppet bash scripts/train_puppet.sh      takes these parts from a folder instead of training them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev
@@ -38,7 +38,7 @@ train() {
 }
 
 python scripts/puppet.py world output=$home/world $world
-listening=${SPEECH:-$home/speech} learner=
+listening=${SPEECH:-$home/speech} seeing=${VAE:-$home/vae} learner=
 if [ -z "${SPEECH:-}" ]; then
     OMP_NUM_THREADS=1 .venv/bin/python scripts/puppet.py speech output=$home/speech $speech &
     learner=$!
@@ -47,15 +47,17 @@ fi
 # Large tensors stay with the process instead of going back to the system after every use: up to twice as fast (glibc). Not for the
 # speech encoder: batches of many lengths would leave holes.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
-# First small crops around mouths, which are what is hard; then larger ones, so that the edges of a crop matter less.
-.venv/bin/python scripts/puppet.py vae lists=${lists%,} output=$home/vae_mouths crop=32 batch=16 lip_crops=0.9 $mouths
-.venv/bin/python scripts/puppet.py vae lists=${lists%,} output=$home/vae start=$home/vae_mouths $vae
+if [ -z "${VAE:-}" ]; then
+    # First small crops around mouths, which are what is hard; then larger ones, so that the edges of a crop matter less.
+    .venv/bin/python scripts/puppet.py vae lists=${lists%,} output=$home/vae_mouths crop=32 batch=16 lip_crops=0.9 $mouths
+    .venv/bin/python scripts/puppet.py vae lists=${lists%,} output=$home/vae start=$home/vae_mouths $vae
+fi
 if [ -n "$learner" ]; then wait $learner; fi
 trap - EXIT
-python scripts/puppet.py assemble vae=$home/vae speech=$listening output=$home/parts
+python scripts/puppet.py assemble vae=$seeing speech=$listening output=$home/parts
 # First small pictures and half the frames, where a step costs less than half: what is heard and what is copied is learned there as well.
 train begin "data.sizes=96x96 data.frames=41 data.runs=2" batch=4 optimizer.schedule=constant $begin
 # Then as in use: all shapes, the 21 latent frames of a window, and a learning rate that falls to zero.
 train finish "$frames" scratch= transformer="$(last $home/begin)" $finish
-python scripts/puppet.py assemble vae=$home/vae speech=$listening transformer="$(last $home/finish)" output=$home/model
+python scripts/puppet.py assemble vae=$seeing speech=$listening transformer="$(last $home/finish)" output=$home/model
 python scripts/puppet.py evaluate model=$home/model output=$home/evaluation.json $check

@@ -140,11 +140,12 @@ def test_the_whole_folder_goes_to_released_files_and_back(parts, tmp_path):
     assert isinstance(StableAvatarPipeline.from_pretrained(tmp_path / "folder", local_files_only=True).vae, PuppetVAE)
 
 
-def test_a_pipeline_lends_its_speech_encoder(parts, tmp_path):
-    words = [f"vae={parts}/vae", f"speech={parts}/model", f"settings={parts}/small.json", f"output={tmp_path}/model"]
+def test_a_pipeline_lends_its_vae_and_its_speech_encoder(parts, tmp_path):
+    words = [f"vae={parts}/model", f"speech={parts}/model", f"settings={parts}/small.json", f"output={tmp_path}/model"]
     assert puppet(["assemble", *words]) == 0
-    own, lent = (dict(Checkpoint(home / "audio_encoder").read()) for home in (parts / "model", tmp_path / "model"))
-    assert own.keys() == lent.keys() and all(torch.equal(own[name], lent[name]) for name in own)
+    for part in ("vae", "audio_encoder"):
+        own, lent = (dict(Checkpoint(home / part).read()) for home in (parts / "model", tmp_path / "model"))
+        assert own.keys() == lent.keys() and all(torch.equal(own[name], lent[name]) for name in own), part
     assert (tmp_path / "model/audio_processor/preprocessor_config.json").is_file()
 
 

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 class AssembleConfig(Config):
     """The settings of `puppet.py assemble`."""
 
-    vae: str = setting("runs/puppet/vae", "folder of the trained VAE")
+    vae: str = setting("runs/puppet/vae", "folder of the trained VAE, or of a pipeline that has it")
     speech: str = setting("runs/puppet/speech", "folder of the trained speech encoder, or of a pipeline that has it")
     transformer: str = setting("", "folder of a trained transformer, as in a run's checkpoints; empty for random weights")
     settings: str = setting("configs/train/puppet_transformer.json", "settings of a transformer of random weights")
@@ -43,7 +43,7 @@ def assemble(config: AssembleConfig) -> None:
         raise ValueError(f"output {output} holds something else than a pipeline (it has no {INDEX_FILE}); give a new name")
     pipe = StableAvatarPipeline(
         transformer=_transformer(config).eval(),
-        vae=load_model(PuppetVAE, Path(config.vae), torch.float32).eval(),
+        vae=load_model(PuppetVAE, _part(config.vae, "vae"), torch.float32).eval(),
         audio_encoder=_speech_encoder(_part(config.speech, "audio_encoder")).eval(),
         audio_processor=_speech_processor(_part(config.speech, "audio_processor")),
         **frozen_parts(config.seed),
