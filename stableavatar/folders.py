@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -48,6 +48,8 @@ def load_model(cls: type[M], folder: Path, dtype: torch.dtype) -> M:
     with library_errors(f"the model in {folder}"):
         model = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     check_names(model, folder)
+    if isinstance(model, ConfigMixin):
+        model.register_to_config(_name_or_path="")  # a path of this machine, which would be saved with the model
     return model
 
 

@@ -111,6 +111,7 @@ def test_an_assembled_folder_is_a_pipeline_that_makes_videos(parts):
     pipe = StableAvatarPipeline.from_pretrained(parts / "model", local_files_only=True)
     assert isinstance(pipe.vae, PuppetVAE) and pipe.transformer.config.audio_dim == pipe.audio_encoder.config.hidden_size
     assert not list(parts.glob("*.partial"))
+    assert not [file for file in (parts / "model").rglob("*.json") if str(parts) in file.read_text()], "names a folder of this machine"
     quick = {"width": 64, "height": 64, "steps": 1, "windows.frames": 9, "windows.overlap": 1, "guidance.name": "none"}
     case, sound = ROOT / "examples/ada", str(parts / "sound.wav")
     soundfile.write(sound, soundfile.read(case / "audio.wav")[0][: 9 * 640], SAMPLE_RATE)
