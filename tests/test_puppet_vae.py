@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stableavatar.data.clips import MASKS
 from stableavatar.folders import load_model
 from stableavatar.puppet import train_vae as recipe
 from stableavatar.puppet.train_vae import (
@@ -21,6 +22,7 @@ from stableavatar.puppet.train_vae import (
     psnr,
     train_on,
     train_vae,
+    weights,
 )  # fmt: skip
 from stableavatar.puppet.vae import BLOCK, PuppetVAE, blocks, fold, from_blocks, unfold
 
@@ -54,17 +56,17 @@ def video(frames: int, height: int = 16, width: int = 24) -> torch.Tensor:
 
 
 def clips(count: int, seed: int = 0) -> ClipStore:
-    """A bright square that moves, with a mask around it."""
+    """A bright square that moves, lips and face at once."""
     rng = np.random.default_rng(seed)
-    pixels, lips = [], []
+    pixels, masks = [], []
     for _ in range(count):
         frames = np.broadcast_to(rng.integers(0, 120, 3), (9, 32, 40, 3)).astype(np.uint8)
         mask = np.zeros((9, 32, 40), np.uint8)
         for frame in range(9):
             mask[frame, 8:16, 4 + 2 * frame : 12 + 2 * frame] = 255
         pixels.append(np.where(mask[..., None], np.uint8(230), frames))
-        lips.append(mask)
-    return ClipStore(pixels, lips)
+        masks.append(np.stack([mask, mask], -1))
+    return ClipStore(pixels, masks)
 
 
 def encode(vae: PuppetVAE, frames: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -93,7 +95,7 @@ def test_blocks_are_of_four_frames_and_come_back() -> None:
 
 def test_components_are_the_best_linear_ones() -> None:
     """Against the singular values of the same blocks: sizes, a basis, and the error that any such map leaves."""
-    config = replace(SETTINGS, lip_weight=0.0)
+    config = replace(SETTINGS, lip_weight=0.0, face_weight=0.0)
     data, rng = clips(3), np.random.default_rng([config.seed, 0])
     mean, components, deviations = principal_components(data, config, 8)
     torch.testing.assert_close(components @ components.T, torch.eye(8), atol=1e-5, rtol=0)
@@ -244,16 +246,18 @@ def test_the_decoder_alone(tmp_path) -> None:
 
 
 def test_clips_of_folders(tmp_path) -> None:
-    for folder, mode in (("images", "RGB"), ("lip_masks", "L")):
+    for folder, mode, colour in (("images", "RGB", lambda i: (i, 1, 2)), ("lip_masks", "L", lambda i: 10 * i), ("face_masks", "L", lambda i: 20 * i)):
         (tmp_path / "a" / folder).mkdir(parents=True)
         for frame in range(5):
-            Image.new(mode, (40, 32), 10 * frame if mode == "L" else (frame, 1, 2)).save(tmp_path / "a" / folder / f"frame_{frame}.png")
+            Image.new(mode, (40, 32), colour(frame)).save(tmp_path / "a" / folder / f"frame_{frame}.png")
     (tmp_path / "list.txt").write_text("a\n", encoding="utf-8")
     store = ClipStore.read(str(tmp_path / "list.txt"))
-    assert store.pixels[0].shape == (5, 32, 40, 3) and store.lips[0].shape == (5, 32, 40)
-    assert store.pixels[0][4, 0, 0].tolist() == [4, 1, 2] and store.lips[0][4, 0, 0] == 40
-    pixels, lips = store.batch(np.random.default_rng(0), SETTINGS)
-    assert pixels.shape == (2, 5, 32, 32, 3) and lips.shape == (2, 5, 32, 32, 1)
+    assert store.pixels[0].shape == (5, 32, 40, 3) and store.masks[0].shape == (5, 32, 40, 2)
+    assert store.pixels[0][4, 0, 0].tolist() == [4, 1, 2] and store.masks[0][4, 0, 0].tolist() == [80, 40]
+    pixels, masks = store.batch(np.random.default_rng(0), SETTINGS)
+    assert pixels.shape == (2, 5, 32, 32, 3) and masks.shape == (2, 5, 32, 32, 2)
+    weighted = weights(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]), replace(SETTINGS, face_weight=3.0, lip_weight=10.0))
+    assert weighted.flatten().tolist() == [1, 4, 14]
     with pytest.raises(ValueError, match="smaller than 5 crops of 64"):
         store.batch(np.random.default_rng(0), replace(SETTINGS, crop=64))
     with pytest.raises(ValueError, match="smaller than 9 crops of 32"):
@@ -261,12 +265,12 @@ def test_clips_of_folders(tmp_path) -> None:
     with pytest.raises(ValueError, match="0 clips"):
         ClipStore([], [])
     with pytest.raises(ValueError, match="clip 0 has pictures of"):
-        ClipStore(store.pixels, [store.lips[0][:4]])
+        ClipStore(store.pixels, [store.masks[0][:4]])
 
 
 def test_from_folders_to_a_model(tmp_path) -> None:
     for clip, store in enumerate((clips(1), clips(1, seed=1), clips(1, seed=2))):
-        for name, frames in (("images", store.pixels[0]), ("lip_masks", store.lips[0])):
+        for name, frames in (("images", store.pixels[0]), *zip(MASKS, np.moveaxis(store.masks[0], -1, 0))):
             (tmp_path / str(clip) / name).mkdir(parents=True)
             for number, frame in enumerate(frames):
                 Image.fromarray(frame).save(tmp_path / str(clip) / name / f"frame_{number}.png")

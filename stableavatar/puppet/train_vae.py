@@ -44,21 +44,22 @@ CHARBONNIER = 1e-3
 class VAEConfig(Config):
     """The settings of `puppet.py vae`."""
 
-    lists: str = setting("", "text files with one clip folder per line (images/, lip_masks/), separated by commas")
+    lists: str = setting("", "text files with one clip folder per line (images/, face_masks/, lip_masks/), separated by commas")
     output: str = setting("runs/puppet/vae", "folder to write; the state of the training is in it too")
     start: str = setting("", "folder of a VAE to begin with; a new one if empty")
     decoder_only: bool = setting(False, "leave the encoder as it is, so that latents in use stay valid")
     held_out: int = setting(16, "clips spread over the lists that it does not see, to measure with", low=1)
-    steps: int = setting(2500, "the learning rate is down at zero after so many", low=1)
+    steps: int = setting(4000, "the learning rate is down at zero after so many", low=1)
     minutes: float = setting(0.0, "or after so many minutes, if that is sooner; 0 for no such limit", low=0)
-    batch: int = setting(8, "clips of a step", low=1)
+    batch: int = setting(5, "clips of a step", low=1)
     frames: int = setting(9, "frames of each, 1 + 4k", low=1 + TEMPORAL_STRIDE)
-    crop: int = setting(48, "their height and width in pixels, a multiple of 8", low=8)
+    crop: int = setting(64, "their height and width in pixels, a multiple of 8", low=8)
     lr: float = setting(3e-3, "largest learning rate", low=0)
     warmup: int = setting(50, "steps until it is reached", low=1)
     decay: float = setting(0.995, "of the moving average of the weights, which is what is kept", low=0, high=1)
-    lip_weight: float = setting(10.0, "how much more an error within the lip mask counts", low=0)
-    lip_crops: float = setting(0.6, "part of the crops that are around the mouth", low=0, high=1)
+    face_weight: float = setting(3.0, "how much more an error within the face mask counts", low=0)
+    lip_weight: float = setting(10.0, "how much more again within the lip mask", low=0)
+    lip_crops: float = setting(0.3, "part of the crops that are around the mouth", low=0, high=1)
     edge_weight: float = setting(1.0, "of the loss of differences between neighbouring pixels, in time too", low=0)
     kl_weight: float = setting(1e-6, "of the divergence of latents from normal ones", low=0)
     jitter: float = setting(0.05, "noise on the decoder's latents, in their standard deviations", low=0)
@@ -73,49 +74,49 @@ class VAEConfig(Config):
 
 
 class ClipStore:
-    """Clips in memory: pixels uint8 [T, H, W, 3] and lip masks uint8 [T, H, W], 0 or 255, of each."""
+    """Clips in memory: pixels uint8 [T, H, W, 3] and masks of face and lips uint8 [T, H, W, 2], 0 to 255, of each."""
 
-    def __init__(self, pixels: Sequence[np.ndarray], lips: Sequence[np.ndarray]) -> None:
-        if not pixels or len(pixels) != len(lips):
-            raise ValueError(f"got {len(pixels)} clips and {len(lips)} lip masks; expected as many, at least one")
-        for number, (shown, masks) in enumerate(zip(pixels, lips)):
-            if shown.shape[:3] != masks.shape:
-                raise ValueError(f"clip {number} has pictures of {shown.shape[:3]} and masks of {masks.shape} (T, H, W); expected the same")
-        self.pixels, self.lips = list(pixels), list(lips)
+    def __init__(self, pixels: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> None:
+        if not pixels or len(pixels) != len(masks):
+            raise ValueError(f"got {len(pixels)} clips and masks of {len(masks)}; expected as many, at least one")
+        for number, (shown, masked) in enumerate(zip(pixels, masks)):
+            if shown.shape[:3] != masked.shape[:3]:
+                raise ValueError(f"clip {number} has pictures of {shown.shape[:3]} and masks of {masked.shape[:3]} (T, H, W); expected the same")
+        self.pixels, self.masks = list(pixels), list(masks)
 
     @classmethod
     def read(cls, lists: str) -> "ClipStore":
-        """The clip folders of path lists (`images/`, `lip_masks/`). Raises ValueError, OSError if they cannot be read."""
+        """The clip folders of path lists (`images/`, `face_masks/`, `lip_masks/`). Raises ValueError, OSError if they cannot be read."""
         folders = read_lists(lists)
         with ThreadPoolExecutor(2) as pool:
             pixels = list(pool.map(lambda folder: _read_frames(folder / IMAGES, "RGB"), folders))
-            lips = list(pool.map(lambda folder: _read_frames(folder / MASKS[1], "L"), folders))
-        return cls(pixels, lips)
+            masks = list(pool.map(lambda folder: np.stack([_read_frames(folder / name, "L") for name in MASKS], -1), folders))
+        return cls(pixels, masks)
 
     def only(self, numbers: Iterable[int]) -> "ClipStore":
         """Some of the clips."""
         numbers = list(numbers)
-        return ClipStore([self.pixels[i] for i in numbers], [self.lips[i] for i in numbers])
+        return ClipStore([self.pixels[i] for i in numbers], [self.masks[i] for i in numbers])
 
     def batch(self, rng: np.random.Generator, config: VAEConfig) -> tuple[Tensor, Tensor]:
-        """Random crops of random runs: pixels [B, T, crop, crop, 3] in [-1, 1], lip masks [B, T, crop, crop, 1] in [0, 1]."""
+        """Random crops of random runs: pixels [B, T, crop, crop, 3] in [-1, 1], masks [B, T, crop, crop, 2] in [0, 1]."""
         crops = [self._crop(rng, config) for _ in range(config.batch)]
-        pixels, lips = (torch.from_numpy(np.stack(parts)) for parts in zip(*crops))
-        return from_pixels(pixels), lips[..., None].float() / 255
+        pixels, masks = (torch.from_numpy(np.stack(parts)) for parts in zip(*crops))
+        return from_pixels(pixels), masks.float() / 255
 
     def _crop(self, rng: np.random.Generator, config: VAEConfig) -> tuple[np.ndarray, np.ndarray]:
         clip = rng.integers(len(self.pixels))
-        pixels, lips = self.pixels[clip], self.lips[clip]
-        free = np.array(lips.shape[1:]) - config.crop
+        pixels, masks = self.pixels[clip], self.masks[clip]
+        free = np.array(masks.shape[1:3]) - config.crop
         if (free < 0).any() or len(pixels) < config.frames:
             raise ValueError(f"clip of {pixels.shape[:3]} (T, H, W) is smaller than {config.frames} crops of {config.crop}")
         start = rng.integers(len(pixels) - config.frames + 1)
         corner = rng.integers(free + 1)
-        mouth = np.argwhere(lips[start])
+        mouth = np.argwhere(masks[start, ..., 1])
         if rng.random() < config.lip_crops and len(mouth):
             corner = np.clip(mouth.mean(0).astype(int) - rng.integers(config.crop // 4, config.crop * 3 // 4, 2), 0, free)
         window = (slice(start, start + config.frames), *(slice(i, i + config.crop) for i in corner))
-        return pixels[window], lips[window]
+        return pixels[window], masks[window]
 
 
 def _read_frames(folder: Path, mode: str) -> np.ndarray:
@@ -126,9 +127,15 @@ def _read_frames(folder: Path, mode: str) -> np.ndarray:
     return np.stack([np.asarray(Image.open(frame_file(folder, i)).convert(mode)) for i in range(count)])
 
 
-def reconstruction_loss(result: Tensor, pixels: Tensor, lips: Tensor, config: VAEConfig) -> Tensor:
-    """Charbonnier loss of pixels and of their differences to neighbours in time and space, lips weighted more; all [B, T, H, W, .]."""
-    error, weight = result - pixels, 1 + config.lip_weight * lips
+def weights(masks: Tensor, config: VAEConfig) -> Tensor:
+    """Of the errors of pixels [..., 1], from their masks of face and lips [..., 2]."""
+    face, lips = masks.split(1, dim=-1)
+    return 1 + config.face_weight * face + config.lip_weight * lips
+
+
+def reconstruction_loss(result: Tensor, pixels: Tensor, weight: Tensor, config: VAEConfig) -> Tensor:
+    """Charbonnier loss of pixels and of their differences to neighbours in time and space, weighted; all [B, T, H, W, .]."""
+    error = result - pixels
     loss = (weight * (error**2 + CHARBONNIER**2).sqrt()).mean()
     for dim in (1, 2, 3):
         loss = loss + config.edge_weight / 2 * (weight.narrow(dim, 1, weight.shape[dim] - 1) * error.diff(dim=dim).abs()).mean()
@@ -162,21 +169,21 @@ class VAETrainer(Trainer):
         """One step; the loss."""
         began, config = time.monotonic(), self.config
         rng = np.random.default_rng([config.seed, self.step])
-        pixels, lips = clips.batch(rng, config)
+        pixels, masks = clips.batch(rng, config)
         self.set_rate(config.lr, (self.step + 1) / config.warmup, self.progress)
-        loss = self._loss(pixels, lips, rng)
+        loss = self._loss(pixels, masks, rng)
         self.descend(loss)
         self.average.step(self.vae.parameters())
         self.seconds += time.monotonic() - began
         return loss.item()
 
-    def _loss(self, pixels: Tensor, lips: Tensor, rng: np.random.Generator) -> Tensor:
+    def _loss(self, pixels: Tensor, masks: Tensor, rng: np.random.Generator) -> Tensor:
         config, (batch, frames, height, width, _) = self.config, pixels.shape
         shape = (batch, frames_to_latents(frames), height // SPATIAL_STRIDE, width // SPATIAL_STRIDE, self.vae.config.z_dim)
         noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
         with autocast(config.dtype):
             result, mean, log_variance = self.vae(pixels, noise, config.jitter)
-        loss = reconstruction_loss(result.float(), pixels, lips, config)
+        loss = reconstruction_loss(result.float(), pixels, weights(masks, config), config)
         return loss + config.kl_weight * divergence(mean, log_variance)
 
 
@@ -260,23 +267,23 @@ def _start(pixels: np.ndarray, frames: int) -> Tensor:
 def psnr(vae: PuppetVAE, clips: ClipStore) -> tuple[float, float]:
     """Mean PSNR in dB of reconstructed clips, and that of the pixels within the lip masks."""
     whole, mouth = [], []
-    for pixels, lips in zip(clips.pixels, clips.lips):
+    for pixels, masks in zip(clips.pixels, clips.masks):
         frames = _start(pixels, VALIDATION_FRAMES)
         squared = functional.mse_loss(vae(frames)[0].clamp(-1, 1), frames, reduction="none")[0] / 4
-        inside = squared[torch.from_numpy(lips[: frames.shape[1]]) > 127]
+        inside = squared[torch.from_numpy(masks[: frames.shape[1], ..., 1]) > 127]
         whole.append(-10 * math.log10(squared.mean()))
         mouth.append(-10 * math.log10(inside.mean()) if len(inside) else math.nan)
     return float(np.mean(whole)), float(np.nanmean(mouth))
 
 
 def principal_components(clips: ClipStore, config: VAEConfig, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [768], first `count` components [count, 768] and deviations along them [count] of blocks of pixels, lips weighted more."""
-    rng, found, weights = np.random.default_rng([config.seed, 0]), [], []
+    """Mean [768], first `count` components [count, 768] and deviations along them [count] of blocks of pixels, faces and lips weighted more."""
+    rng, found, counts = np.random.default_rng([config.seed, 0]), [], []
     for _ in range(COMPONENT_BATCHES):
-        pixels, lips = clips.batch(rng, config)
+        pixels, masks = clips.batch(rng, config)
         found.append(blocks(pixels[:, 1:]).flatten(0, 3).double())
-        weights.append(1 + config.lip_weight * blocks(lips[:, 1:].expand(-1, -1, -1, -1, 3)).flatten(0, 3).mean(1).double())
-    pixels, weight = torch.cat(found), torch.cat(weights)[:, None]
+        counts.append(blocks(weights(masks, config)[:, 1:].expand(-1, -1, -1, -1, 3)).flatten(0, 3).mean(1).double())
+    pixels, weight = torch.cat(found), torch.cat(counts)[:, None]
     mean = (weight * pixels).sum(0) / weight.sum()
     variances, vectors = torch.linalg.eigh((weight * (pixels - mean)).T @ (pixels - mean) / weight.sum())
     return mean.float(), vectors.T[-count:].flip(0).float(), variances[-count:].flip(0).sqrt().float()
