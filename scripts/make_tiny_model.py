@@ -1,6 +1,6 @@
 """Writes a complete pipeline folder with tiny random models: every component, nothing downloaded, a few MB.
 
-It talks nonsense, but it runs the whole program: the demo and the tests use it until a trained small model takes its place.
+It talks nonsense, but it runs the whole program: the tests and the benchmarks use it.
 
     python scripts/make_tiny_model.py FOLDER
 """

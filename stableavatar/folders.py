@@ -40,6 +40,8 @@ def load_folder(cls: type[P], folder: Path, dtypes: dict[str, torch.dtype], with
     for name, module in pipe.components.items():
         if isinstance(module, nn.Module):
             check_names(module, folder / name)
+        _forget_folder(module)
+    _forget_folder(pipe)
     return pipe
 
 
@@ -48,9 +50,14 @@ def load_model(cls: type[M], folder: Path, dtype: torch.dtype) -> M:
     with library_errors(f"the model in {folder}"):
         model = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     check_names(model, folder)
-    if isinstance(model, ConfigMixin):
-        model.register_to_config(_name_or_path="")  # a path of this machine, which would be saved with the model
+    _forget_folder(model)
     return model
+
+
+def _forget_folder(loaded: object) -> None:
+    """What the library notes in the config of all that it loads: a path of this machine, which would be saved with it."""
+    if isinstance(loaded, ConfigMixin):
+        loaded.register_to_config(_name_or_path="")
 
 
 @contextmanager

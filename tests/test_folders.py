@@ -21,6 +21,11 @@ def test_a_whole_folder_loads(tiny_folder):
     assert not any(tensor.is_meta for tensor in pipe.transformer.state_dict().values())
 
 
+def test_what_is_saved_again_names_no_folder_of_this_machine(tiny_folder, tmp_path):
+    load_folder(StableAvatarPipeline, tiny_folder, DTYPES).save_pretrained(tmp_path)
+    assert not [file for file in tmp_path.rglob("*.json") if str(tiny_folder) in file.read_text(encoding="utf-8")]
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [

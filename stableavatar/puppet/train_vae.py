@@ -189,12 +189,11 @@ class VAETrainer(Trainer):
 
 def _optimizer(vae: PuppetVAE, lr: float) -> Optimizer:
     """Muon for the matrices between hidden channels, which are more than a latent's; AdamW for all else."""
-    hidden = [weight for weight in vae.parameters() if weight.ndim == 2 and min(weight.shape) > vae.config.z_dim]
-    chosen = set(map(id, hidden))
-    others = [weight for weight in vae.parameters() if id(weight) not in chosen]
-    parts = {MUON_REGIONS[0]: hidden, "others": others}
-    groups = [{"name": name, "params": weights, "lr": lr, "weight_decay": 1e-3} for name, weights in parts.items()]
-    return make_optimizer(groups, OptimizerConfig("muon", lr, beta1=0.95, beta2=0.99, eps=1e-8))
+    groups = {name: {"name": name, "params": [], "lr": lr, "weight_decay": 1e-3} for name in (MUON_REGIONS[0], "others")}
+    for weight in vae.parameters():
+        hidden = weight.ndim == 2 and min(weight.shape) > vae.config.z_dim
+        groups[MUON_REGIONS[0] if hidden else "others"]["params"].append(weight)
+    return make_optimizer(list(groups.values()), OptimizerConfig("muon", lr, beta1=0.95, beta2=0.99, eps=1e-8))
 
 
 def train_vae(config: VAEConfig) -> None:
@@ -278,12 +277,12 @@ def psnr(vae: PuppetVAE, clips: ClipStore) -> tuple[float, float]:
 
 def principal_components(clips: ClipStore, config: VAEConfig, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [768], first `count` components [count, 768] and deviations along them [count] of blocks of pixels, faces and lips weighted more."""
-    rng, found, counts = np.random.default_rng([config.seed, 0]), [], []
+    rng, found, weighed = np.random.default_rng([config.seed, 0]), [], []
     for _ in range(COMPONENT_BATCHES):
         pixels, masks = clips.batch(rng, config)
         found.append(blocks(pixels[:, 1:]).flatten(0, 3).double())
-        counts.append(blocks(weights(masks, config)[:, 1:].expand(-1, -1, -1, -1, 3)).flatten(0, 3).mean(1).double())
-    pixels, weight = torch.cat(found), torch.cat(counts)[:, None]
+        weighed.append(blocks(weights(masks, config)[:, 1:].expand(-1, -1, -1, -1, 3)).flatten(0, 3).mean(1).double())
+    pixels, weight = torch.cat(found), torch.cat(weighed)[:, None]
     mean = (weight * pixels).sum(0) / weight.sum()
     variances, vectors = torch.linalg.eigh((weight * (pixels - mean)).T @ (pixels - mean) / weight.sum())
     return mean.float(), vectors.T[-count:].flip(0).float(), variances[-count:].flip(0).sqrt().float()

@@ -88,7 +88,10 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _turn(self, weight: Parameter, lr: float, weight_decay: float) -> None:
-        mean = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight)).lerp_(weight.grad, 1 - self._momentum)
+        state = self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        mean = state["momentum_buffer"].lerp_(weight.grad, 1 - self._momentum)
         update = orthogonal(weight.grad.lerp(mean, self._momentum))
         weight.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * 0.2 * math.sqrt(max(weight.shape)))
 
