@@ -65,8 +65,14 @@ BASE_CONFIG_KEYS = {
     "num_layers": "num_layers",
     "text_len": "text_length",
     "eps": "eps",
+    "adapter_heads": "adapter_heads",
+    "audio_positions": "audio_positions",
 }
-"""A Wan transformer's config.json -> AvatarTransformer's settings; eps is a positive number, the others positive whole numbers."""
+"""A Wan transformer's config.json -> AvatarTransformer's settings that shapes do not tell; a published one lacks the last two, which are ours.
+
+eps is a positive number, audio_positions true or false, the others positive whole numbers.
+"""
+_KINDS = {"eps": ((int, float), "a positive number"), "audio_positions": ((bool,), "true or false")}
 
 FRESH_AUDIO_SEED = 0
 UNUSED_AUDIO_TENSORS = {"masked_spec_embed"}
@@ -261,8 +267,8 @@ def read_base_config(path: str | Path) -> Config:
     if not isinstance(found, dict):
         raise ValueError(f"base model config {path} holds no settings by name")
     for key in BASE_CONFIG_KEYS.keys() & found.keys():
-        kinds, expected = ((int, float), "a positive number") if key == "eps" else ((int,), "a positive whole number")
-        if type(found[key]) not in kinds or not 0 < found[key] < math.inf:
+        kinds, expected = _KINDS.get(key, ((int,), "a positive whole number"))
+        if type(found[key]) not in kinds or bool not in kinds and not 0 < found[key] < math.inf:
             raise ValueError(f"base model config {path}: {key} must be {expected}, got {json.dumps(found[key])[:80]}")
     ignored = sorted(found.keys() - BASE_CONFIG_KEYS.keys() - {"model_type"})
     if ignored:
