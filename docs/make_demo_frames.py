@@ -7,25 +7,24 @@
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from stableavatar.config import read_yaml
-from stableavatar.evaluation.samples import open_video
+from stableavatar.evaluation.samples import Still, open_video
 from stableavatar.sheets import fit_cell, grid
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDE, EVERY, FRAMES = 128, 4, 8
-"""Pixels of a cell; every fourth frame, eight of them, from the second second on."""
-FIRST = 25
+SIDE = 128
+"""Pixels of a cell."""
+FIRST, EVERY, FRAMES = 25, 4, 8
+"""Every fourth frame, eight of them, from the second second on."""
 
 
 def main() -> None:
     cells = []
     for case in read_yaml(ROOT / "examples/cases.yaml", list):
-        cells.append(fit_cell(np.asarray(Image.open(ROOT / case["reference"]).convert("RGB")), SIDE, SIDE))
         frames = islice(open_video(ROOT / case["output"]).read(), FIRST, FIRST + EVERY * FRAMES, EVERY)
-        cells += [fit_cell(np.asarray(frame), SIDE, SIDE) for frame in frames]
+        cells += [fit_cell(picture, SIDE, SIDE) for picture in (*Still(ROOT / case["reference"]).read(), *frames)]
     Image.fromarray(grid(cells, FRAMES + 1)).save(ROOT / "docs/puppet_demo.jpg", quality=90)
 
 

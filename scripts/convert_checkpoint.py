@@ -151,9 +151,8 @@ def to_released(args: argparse.Namespace) -> None:
     for name, part in parts(args).items():
         model = part_to_released(part, args.folder / name)
         if name == "transformer":
-            settings = {theirs: model.config[ours] for theirs, ours in weights.BASE_CONFIG_KEYS.items()}
             base.mkdir(parents=True, exist_ok=True)
-            (base / "config.json").write_text(json.dumps({"model_type": "i2v"} | settings, indent=2))
+            (base / weights.BASE_CONFIG_FILE).write_text(json.dumps(weights.base_config(model), indent=2))
         warn_of_lost_settings(name, model, part.from_released(Checkpoint(part.file, part.prefix)))
     places = () if args.only else zip(SMALL_PARTS, (base / weights.TOKENIZER_FOLDER, *[args.checkpoints / args.wav2vec] * 2), strict=True)
     for name, place in places:

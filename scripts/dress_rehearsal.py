@@ -202,8 +202,7 @@ def write_small_parts(folder: Path, release: Release) -> None:
     """The base model's config.json, a tokenizer that needs no vocabulary, and the speech encoder's folder."""
     config = load_config(InferenceConfig, CONFIG)
     model = empty_model(lambda: AvatarTransformer(**release.transformer))
-    settings = {theirs: model.config[ours] for theirs, ours in weights.BASE_CONFIG_KEYS.items()}
-    text = json.dumps({"_class_name": "WanModel", "model_type": "i2v"} | settings, indent=2)
+    text = json.dumps({"_class_name": "WanModel"} | weights.base_config(model), indent=2)
     (folder / config.base / weights.BASE_CONFIG_FILE).write_text(text)
     ByT5Tokenizer().save_pretrained(folder / config.base / weights.TOKENIZER_FOLDER)
     speech = folder / config.wav2vec

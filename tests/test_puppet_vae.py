@@ -246,7 +246,8 @@ def test_the_decoder_alone(tmp_path) -> None:
 
 
 def test_clips_of_folders(tmp_path) -> None:
-    for folder, mode, colour in (("images", "RGB", lambda i: (i, 1, 2)), ("lip_masks", "L", lambda i: 10 * i), ("face_masks", "L", lambda i: 20 * i)):
+    colours = {"images": ("RGB", lambda i: (i, 1, 2)), "lip_masks": ("L", lambda i: 10 * i), "face_masks": ("L", lambda i: 20 * i)}
+    for folder, (mode, colour) in colours.items():
         (tmp_path / "a" / folder).mkdir(parents=True)
         for frame in range(5):
             Image.new(mode, (40, 32), colour(frame)).save(tmp_path / "a" / folder / f"frame_{frame}.png")

@@ -68,7 +68,7 @@ BASE_CONFIG_KEYS = {
     "adapter_heads": "adapter_heads",
     "audio_positions": "audio_positions",
 }
-"""A Wan transformer's config.json -> AvatarTransformer's settings that shapes do not tell; a published one lacks the last two, which are ours.
+"""A Wan transformer's config.json -> AvatarTransformer's settings; a published one lacks the last two, which are ours.
 
 eps is a positive number, audio_positions true or false, the others positive whole numbers.
 """
@@ -274,6 +274,11 @@ def read_base_config(path: str | Path) -> Config:
     if ignored:
         logger.info("%s: keys without a use here: %s", path, ", ".join(ignored))
     return {ours: found[theirs] for theirs, ours in BASE_CONFIG_KEYS.items() if theirs in found}
+
+
+def base_config(model: AvatarTransformer) -> Config:
+    """What a base model's config.json says of a transformer: the inverse of `read_base_config`."""
+    return {"model_type": "i2v"} | {theirs: model.config[ours] for theirs, ours in BASE_CONFIG_KEYS.items()}
 
 
 def _start_audio(model: AvatarTransformer, names: list[str], dtype: torch.dtype | None, device: str | torch.device) -> None:

@@ -81,7 +81,8 @@ class ClipStore:
             raise ValueError(f"got {len(pixels)} clips and masks of {len(masks)}; expected as many, at least one")
         for number, (shown, masked) in enumerate(zip(pixels, masks)):
             if shown.shape[:3] != masked.shape[:3]:
-                raise ValueError(f"clip {number} has pictures of {shown.shape[:3]} and masks of {masked.shape[:3]} (T, H, W); expected the same")
+                sizes = f"pictures of {shown.shape[:3]} and masks of {masked.shape[:3]} (T, H, W)"
+                raise ValueError(f"clip {number} has {sizes}; expected the same")
         self.pixels, self.masks = list(pixels), list(masks)
 
     @classmethod
@@ -276,7 +277,7 @@ def psnr(vae: PuppetVAE, clips: ClipStore) -> tuple[float, float]:
 
 
 def principal_components(clips: ClipStore, config: VAEConfig, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [768], first `count` components [count, 768] and deviations along them [count] of blocks of pixels, faces and lips weighted more."""
+    """Mean [768], first `count` components [count, 768] and deviations along them [count] of blocks of pixels, by `weights`."""
     rng, found, weighed = np.random.default_rng([config.seed, 0]), [], []
     for _ in range(COMPONENT_BATCHES):
         pixels, masks = clips.batch(rng, config)
