@@ -121,6 +121,20 @@ def test_held_out_voices_words_and_sentences_are_apart() -> None:
     assert voices[0] <= set(speech.VARIANTS) and voices[1] <= set(speech.HELD_OUT_VARIANTS) and len(voices[0]) > 6
 
 
+def test_nonsense_is_new_and_has_no_word_that_is_held_out() -> None:
+    rng = np.random.default_rng(0)
+    for grammar in sentences.GRAMMARS:
+        train, held = (
+            {word for role in ("subjects", "verbs", "objects", "places") for entry in grammar.words(role, held) for word in entry.split()}
+            for held in (False, True)
+        )
+        drawn = {word for _ in range(60) for word in sentences.draw_nonsense(rng, grammar).split()}
+        assert len(drawn) > 200 and not drawn & held and len(drawn & train) < 0.1 * len(drawn)
+    sense, nonsense = (draw_utterance(3, 2, nonsense=nonsense) for nonsense in (False, True))
+    assert sense.voice == nonsense.voice and sense.text != nonsense.text
+    assert any(phoneme.symbol for phoneme in nonsense.phonemes)
+
+
 def test_every_symbol_is_known(drawn: list[speech.Utterance]) -> None:
     symbols = {phoneme.symbol for said in drawn for phoneme in said.phonemes}
     assert len(symbols) > 60 and len({said.language for said in drawn}) >= 6

@@ -33,6 +33,8 @@ HAIR_PATCH = (slice(8, 14), slice(18, 38))
 """Of the head: above the forehead, where there is hair, a hat or a bald head."""
 BROKEN_DISTANCE, BROKEN_JUMP, BROKEN_CONTRAST = 8.0, 0.4, 3.0
 """CIEDE2000 of the background; shift of the mouth from frame to frame in distances of mouth and eyes; grey levels (standard deviation)."""
+BROKEN_FACE = 0.35
+"""SSIM of `face_likeness`. True frames, heads turned and eyes closed, go down to 0.43."""
 COARSE = 4
 """Backgrounds of all frames are compared at so much smaller a size."""
 FINE_SIGMA = 1.5
@@ -105,21 +107,25 @@ def head_cuts(frames: np.ndarray, seen: Observation) -> np.ndarray:
     return np.stack(cuts)
 
 
+def face_likeness(heads: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """[T] SSIM of brows, eyes and nose with the reference's, of cut-out heads [T, rows, columns, 3] and [rows, columns, 3]."""
+    region = (FACE_ROWS, FACE_COLUMNS)
+    return np.array([structural_similarity(head[region], reference[region], channel_axis=-1) for head in heads])
+
+
 def identity(heads: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     """How far cut-out heads [T, rows, columns, 3] look like the reference's [rows, columns, 3].
 
     Returns:
-        identity_ssim: SSIM of brows, eyes and nose; skin_de, hair_de: CIEDE2000 of the median colours of the cheeks and of what is
+        identity_ssim: see `face_likeness`; skin_de, hair_de: CIEDE2000 of the median colours of the cheeks and of what is
         above the forehead; means over the frames. A head that looks elsewhere or blinks costs a little SSIM also in the ground truth.
     """
-    region = (FACE_ROWS, FACE_COLUMNS)
-    alike = [structural_similarity(head[region], reference[region], channel_axis=-1) for head in heads]
-
     def colours(patches: tuple[tuple[slice, slice], ...]) -> float:
         found = [np.median(np.stack([np.median(head[patch], axis=(0, 1)) for patch in patches]), axis=0) for head in (*heads, reference)]
         return float(colour_distance(np.array(found[:-1]), found[-1]).mean())
 
-    return {"identity_ssim": float(np.mean(alike)), "skin_de": colours(SKIN_PATCHES), "hair_de": colours((HAIR_PATCH,))}
+    alike = face_likeness(heads, reference).mean()
+    return {"identity_ssim": float(alike), "skin_de": colours(SKIN_PATCHES), "hair_de": colours((HAIR_PATCH,))}
 
 
 def drift(frames: np.ndarray, background: np.ndarray, stretch: int) -> dict[str, float]:
@@ -154,10 +160,11 @@ def fine_detail(frames: np.ndarray, seen: Observation) -> float:
     return float(np.mean(found))
 
 
-def broken_frames(frames: np.ndarray, seen: Observation, reference: np.ndarray, background: np.ndarray) -> np.ndarray:
+def broken_frames(frames: np.ndarray, seen: Observation, reference: np.ndarray, head: np.ndarray, background: np.ndarray) -> np.ndarray:
     """bool [T]: frames that a viewer would call broken.
 
-    No face is found; or the mouth is more than BROKEN_JUMP away from where it was in the frame before; or the picture is flat (below
+    No face is found; or brows, eyes and nose are less like those of the reference's cut-out `head` than BROKEN_FACE, as where they come
+    apart; or the mouth is more than BROKEN_JUMP away from where it was in the frame before; or the picture is flat (below
     BROKEN_CONTRAST); or the background is further than BROKEN_DISTANCE from the reference's, at a quarter of the size.
     """
     size = background.shape[1] // COARSE, background.shape[0] // COARSE
@@ -165,6 +172,7 @@ def broken_frames(frames: np.ndarray, seen: Observation, reference: np.ndarray, 
     whole = cv2.resize(background.astype(np.float32), size, interpolation=cv2.INTER_AREA) > 0.99
     away = background_distance(small[:-1], small[-1], whole) if whole.any() else np.zeros(len(frames))
     unit = np.median(np.linalg.norm(seen.mouth - seen.eyes, axis=1))
-    moved = np.linalg.norm(np.diff(seen.mouth, axis=0, prepend=seen.mouth[:1]), axis=1)
+    moved = np.linalg.norm(np.diff(seen.mouth, axis=0, prepend=seen.mouth[:1]), axis=1) > BROKEN_JUMP * unit
+    apart = face_likeness(head_cuts(frames, seen), head) < BROKEN_FACE
     flat = frames.std(axis=(1, 2, 3)) < BROKEN_CONTRAST
-    return ~seen.found | (moved > BROKEN_JUMP * unit) | flat | (away > BROKEN_DISTANCE)
+    return ~seen.found | apart | moved | flat | (away > BROKEN_DISTANCE)

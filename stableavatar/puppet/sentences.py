@@ -10,7 +10,7 @@ from zlib import crc32
 
 import numpy as np
 
-__all__ = ["GRAMMARS", "Grammar", "draw_sentence", "draw_verse"]
+__all__ = ["GRAMMARS", "Grammar", "draw_nonsense", "draw_sentence", "draw_verse"]
 
 HELD_OUT_PART = 4
 NAME_SYLLABLES = "ba be bi bo bu da di do fa fe fi fo ga go ka ki ko la le li lo lu ma me mi mo mu na ne ni no pa pe pi po ra ri ro sa "
@@ -134,6 +134,20 @@ def draw_sentence(rng: np.random.Generator, grammar: Grammar, held_out: bool = F
 def draw_verse(rng: np.random.Generator, grammar: Grammar, held_out: bool = False) -> str:
     """A line to sing: words of the grammar, without numbers and punctuation."""
     return " ".join(str(rng.choice(grammar.words(role, held_out))) for role in ("subjects", "verbs", "objects", "places"))
+
+
+def draw_nonsense(rng: np.random.Generator, grammar: Grammar) -> str:
+    """Words that no language has, of pieces of the grammar's training words: what hears them learns sounds, not a vocabulary."""
+    roles = ("subjects", "verbs", "objects", "places")
+    known = {held: {word for role in roles for entry in grammar.words(role, held) for word in entry.split()} for held in (False, True)}
+    words = sorted(known[False])
+    invented: list[str] = []
+    while len(invented) < 5:
+        pieces = [str(rng.choice(words)) for _ in range(rng.integers(1, 4))]
+        starts = [int(rng.integers(max(1, len(piece) - 1))) for piece in pieces]
+        word = "".join(piece[start : start + int(rng.integers(2, 5))] for piece, start in zip(pieces, starts))
+        invented += [word] * (word not in known[True])
+    return " ".join(invented)
 
 
 def _draw_number(rng: np.random.Generator, held_out: bool) -> int:

@@ -1,15 +1,15 @@
 """Spoken and sung utterances with the exact times of their phonemes, from espeak-ng."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import soxr
 
 from stableavatar.geometry import SAMPLE_RATE
 from stableavatar.puppet.espeak import ESPEAK_RATE, Spoken, synthesise
-from stableavatar.puppet.sentences import GRAMMARS, Grammar, draw_sentence, draw_verse
+from stableavatar.puppet.sentences import GRAMMARS, Grammar, draw_nonsense, draw_sentence, draw_verse
 
 __all__ = ["HELD_OUT_VARIANTS", "KINDS", "KIND_SHARES", "VARIANTS", "Phoneme", "Utterance", "draw_utterance", "sing", "speak"]
 
@@ -111,12 +111,13 @@ def sing(
     return _level(_join(notes, text), 0.7)
 
 
-def draw_utterance(seed: int, seconds: float, kind: str = "speech", held_out: bool = False) -> Utterance:
+def draw_utterance(seed: int, seconds: float, kind: str = "speech", held_out: bool = False, nonsense: bool = False) -> Utterance:
     """A random utterance of exactly round(seconds * 16000) samples, in a random language and voice.
 
     Args:
         kind: "speech": sentences with pauses; "singing": words on a slow melody; "dancing": a fast and steady one.
         held_out: voices and words that no other utterance has.
+        nonsense: speech in invented words, see `draw_nonsense`; songs keep theirs.
 
     Raises:
         ValueError: an unknown kind, no time.
@@ -127,20 +128,20 @@ def draw_utterance(seed: int, seconds: float, kind: str = "speech", held_out: bo
     grammar = GRAMMARS[rng.integers(len(GRAMMARS))]
     variant = str(rng.choice(HELD_OUT_VARIANTS if held_out else VARIANTS))
     if kind == "speech":
-        parts = _draw_sentences(rng, grammar, variant, seconds, held_out)
+        draw = partial(draw_nonsense, rng, grammar) if nonsense else partial(draw_sentence, rng, grammar, held_out)
+        parts = _draw_sentences(rng, grammar.voice, variant, seconds, draw)
     else:
         parts = _draw_song(rng, grammar, variant, seconds, held_out, BEATS[kind])
     said = replace(_join(parts, " ".join(part.text for part in parts if part.text)), language=grammar.voice, voice=variant)
     return _level(_cut(said, seconds), float(rng.uniform(0.5, 0.9)))
 
 
-def _draw_sentences(rng: np.random.Generator, grammar: Grammar, variant: str, seconds: float, held_out: bool) -> list[Utterance]:
+def _draw_sentences(rng: np.random.Generator, voice: str, variant: str, seconds: float, draw: Callable[[], str]) -> list[Utterance]:
     """Sentences and pauses, at least so long in all."""
     pitch, rate = int(rng.integers(30, 71)), int(rng.integers(120, 191))
     parts = [_pause(rng.choice([0.04, rng.uniform(0.1, 0.5)]))]
     while _seconds(parts) < seconds:
-        sentence = draw_sentence(rng, grammar, held_out)
-        parts += [speak(sentence, grammar.voice, variant, pitch, rate), _pause(rng.uniform(0.2, 0.8) - TAIL)]
+        parts += [speak(draw(), voice, variant, pitch, rate), _pause(rng.uniform(0.2, 0.8) - TAIL)]
     return parts
 
 

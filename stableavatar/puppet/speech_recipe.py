@@ -1,7 +1,8 @@
 """Training of the puppet world's speech encoder: a small wav2vec2 that learns phonemes by CTC, and figures of what it hears.
 
 CTC (Graves et al. 2006) with the pause as its blank. CTC alone stays long at "always blank" and spikes once per phoneme; the known
-alignment is a second, frame-wise loss on the same classes, so that each token says what is spoken while it lasts.
+alignment is a second, frame-wise loss on the same classes, so that each token says what is spoken while it lasts. A third loss reads the
+mouth from each token: a large wav2vec2 has learned articulation from a thousand hours of speech, a small one would not from phonemes alone.
 """
 
 import logging
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
@@ -21,10 +22,10 @@ from stableavatar.geometry import SAMPLE_RATE
 from stableavatar.puppet.recipe import PRECISIONS, Trainer, autocast
 from stableavatar.puppet.speech_pool import (
     LONGEST,
-    TRACK_RATE,
     Batch,
     Segment,
     draw_segments,
+    mouth_at,
     normalise,
     spoken,
     token_times,
@@ -48,13 +49,14 @@ class SpeechConfig(Config):
     """The settings of `puppet.py speech`."""
 
     output: str = setting("checkpoints/puppet/speech", "folder of the encoder and of the training's state")
-    steps: int = setting(5000, "training steps", low=1)
-    batch: int = setting(4, "segments of a step, each 1.64 to 3.24 s", low=1)
-    pool: int = setting(4000, "utterances that segments are cut from", low=1)
+    steps: int = setting(16000, "training steps", low=1)
+    batch: int = setting(5, "segments of a step, each 1.64 to 3.24 s", low=1)
+    pool: int = setting(6000, "utterances that segments are cut from, a quarter of a megabyte each", low=1)
     held_out: int = setting(120, "utterances of other voices and words to measure it on; as many of training's fit the probe", low=2)
     lr: float = setting(2e-3, "largest learning rate", low=0)
     warmup: int = setting(50, "steps until then", low=1)
-    align_weight: float = setting(0.5, "weight of the frame-wise loss next to CTC", low=0)
+    align_weight: float = setting(1.5, "weight of the frame-wise loss next to CTC", low=0)
+    mouth_weight: float = setting(70.0, "weight of the squared error of aperture and width, as a matrix reads them from a token", low=0)
     dtype: str = setting("auto", "precision of computation; auto is bfloat16 where the CPU has instructions for it", choices=PRECISIONS)
     seed: int = setting(0, "seed of everything", low=0, high=2**31 - 1)
     workers: int = setting(1, "processes that draw utterances", low=1)
@@ -82,24 +84,31 @@ class SpeechTrainer(Trainer):
     def __init__(self, config: SpeechConfig, model: Wav2Vec2ForCTC | None = None) -> None:
         torch.manual_seed(config.seed)
         self.model = (model or speech_model()).train()
-        optimizer = torch.optim.AdamW(self.model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=0.01, foreach=True)
-        super().__init__(config, optimizer, model=self.model)
+        self.mouth = nn.Linear(self.model.config.hidden_size, 2)
+        weights = [*self.model.parameters(), *self.mouth.parameters()]
+        optimizer = torch.optim.AdamW(weights, config.lr, betas=(0.9, 0.98), weight_decay=0.01, foreach=True)
+        super().__init__(config, optimizer, model=self.model, mouth=self.mouth)
 
-    def advance(self, pool: list[Segment]) -> tuple[float, float]:
-        """One step; CTC's loss per phoneme and the frame-wise one. The step's number decides all that is random in it."""
+    def advance(self, pool: list[Segment]) -> tuple[float, float, float]:
+        """One step; CTC's loss per phoneme, the frame-wise one, the mouth's. The step's number decides all that is random in it."""
         config = self.config
         rng = np.random.default_rng([config.seed, self.step])
         torch.manual_seed(int(rng.integers(2**31)))
         self.set_rate(config.lr, (self.step + 1) / config.warmup, self.step / config.steps)
-        ctc, aligned = self.losses(training_batch(pool, config.batch, rng))
-        self.descend(ctc + config.align_weight * aligned)
-        return ctc.item(), aligned.item()
+        ctc, aligned, mouth = self.losses(training_batch(pool, config.batch, rng))
+        self.descend(ctc + config.align_weight * aligned + config.mouth_weight * mouth)
+        return ctc.item(), aligned.item(), mouth.item()
 
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """CTC's and the frame-wise loss of a batch."""
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """CTC's, the frame-wise and the mouth's loss of a batch."""
         with autocast(self.config.dtype):
-            result = self.model(batch.waveforms, labels=batch.labels)
-        return result.loss, functional.cross_entropy(result.logits.float().transpose(1, 2), batch.classes)
+            hidden = self.model.wav2vec2(batch.waveforms).last_hidden_state
+            logits, mouths = self.model.lm_head(hidden).float(), self.mouth(hidden).float()
+        lengths = torch.full((len(logits),), logits.shape[1])
+        said = (batch.labels >= 0).sum(1)
+        likely = logits.log_softmax(-1).transpose(0, 1)
+        ctc = functional.ctc_loss(likely, batch.labels.clamp(min=0), lengths, said, zero_infinity=True)
+        return ctc, functional.cross_entropy(logits.transpose(1, 2), batch.classes), functional.mse_loss(mouths, batch.mouths)
 
 
 def train_speech(config: SpeechConfig) -> None:
@@ -129,7 +138,7 @@ def _train(trainer: SpeechTrainer, pool: list[Segment], state: Path) -> None:
     for _ in tqdm(range(trainer.step, config.steps), "steps", config.steps, initial=trainer.step, mininterval=5):
         losses.append(trainer.advance(pool))
         if trainer.step % LOG_EVERY == 0:
-            logger.info("step %d: CTC %.3f, frame-wise %.3f", trainer.step, *np.mean(losses, axis=0))
+            logger.info("step %d: CTC %.3f, frame-wise %.3f, mouth %.4f", trainer.step, *np.mean(losses, axis=0))
             losses.clear()
         trainer.save(state, config.save_every)
     trainer.save(state)
@@ -162,8 +171,7 @@ def _listen(model: Wav2Vec2ForCTC, segments: list[Segment]) -> tuple[list[np.nda
     for segment in segments:
         hidden = model.wav2vec2(torch.from_numpy(normalise(segment.waveform))[None]).last_hidden_state
         features.append(_with_neighbours(hidden[0].numpy()))
-        grid = np.arange(len(segment.mouth)) / TRACK_RATE
-        mouths.append(np.stack([np.interp(token_times(len(features[-1])), grid, track) for track in segment.mouth.T], axis=1))
+        mouths.append(mouth_at(segment.mouth, token_times(len(features[-1]))))
         heard.append(greedy(model.lm_head(hidden)[0]))
     return features, mouths, heard
 
