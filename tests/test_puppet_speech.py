@@ -113,7 +113,7 @@ def test_held_out_voices_words_and_sentences_are_apart() -> None:
     assert not set(speech.VARIANTS) & set(speech.HELD_OUT_VARIANTS)
     rng = np.random.default_rng(0)
     for grammar in sentences.GRAMMARS:
-        for role in ("subjects", "verbs", "objects", "places"):
+        for role in sentences.ROLES:
             assert not set(grammar.words(role, True)) & set(grammar.words(role, False))
         train, held = ({sentences.draw_sentence(rng, grammar, held_out) for _ in range(300)} for held_out in (False, True))
         assert not train & held
@@ -124,10 +124,7 @@ def test_held_out_voices_words_and_sentences_are_apart() -> None:
 def test_nonsense_is_new_and_has_no_word_that_is_held_out() -> None:
     rng = np.random.default_rng(0)
     for grammar in sentences.GRAMMARS:
-        train, held = (
-            {word for role in ("subjects", "verbs", "objects", "places") for entry in grammar.words(role, held) for word in entry.split()}
-            for held in (False, True)
-        )
+        train, held = grammar.vocabulary(False), grammar.vocabulary(True)
         drawn = {word for _ in range(60) for word in sentences.draw_nonsense(rng, grammar).split()}
         assert len(drawn) > 200 and not drawn & held and len(drawn & train) < 0.1 * len(drawn)
     sense, nonsense = (draw_utterance(3, 2, nonsense=nonsense) for nonsense in (False, True))

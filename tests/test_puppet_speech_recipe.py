@@ -105,6 +105,13 @@ def test_steps_lower_the_loss(pool: list[Segment]) -> None:
     assert ctc < 0.8 and aligned < 1 and mouth < 0.5
 
 
+def test_ctc_is_the_librarys(pool: list[Segment]) -> None:
+    trainer = SpeechTrainer(SpeechConfig(), small_model())
+    batch = training_batch(pool, 2, np.random.default_rng(0))
+    theirs = trainer.model(batch.waveforms, labels=batch.labels).loss
+    assert trainer.losses(batch)[0].item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
 def test_resumed_equals_uninterrupted(tmp_path: Path, pool: list[Segment]) -> None:
     config = settings(tmp_path)
     whole = SpeechTrainer(config, small_model())

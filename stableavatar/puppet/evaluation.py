@@ -229,7 +229,8 @@ def measure(frames: np.ndarray, truth: Truth, seams: list[int], others: list[np.
         others: true apertures [.] of other cases' sounds.
     """
     seen, count = observe(frames), len(frames)
-    head = metrics.head_cuts(truth.reference[None], observe(truth.reference[None]))[0]
+    heads, head = metrics.head_cuts(frames, seen), metrics.head_cuts(truth.reference[None], observe(truth.reference[None]))[0]
+    alike = metrics.face_likeness(heads, head)
     aperture, width = truth.aperture[:count], truth.width[:count]
     silence, closed = metrics.silence(seen.aperture, aperture)
     values = {
@@ -240,21 +241,21 @@ def measure(frames: np.ndarray, truth: Truth, seams: list[int], others: list[np.
         "silence_closed": closed,
         "width_correlation": correlation(seen.width, width),
         "blinks_per_minute": metrics.blink_rate(seen.blink),
-        "broken_frames": float(metrics.broken_frames(frames, seen, truth.reference, head, truth.background).sum()),
+        "broken_frames": float(metrics.broken_frames(frames, seen, alike, truth.reference, truth.background).sum()),
         "seam_jitter": metrics.seam_jitter(frames, seams),
     }
     if count >= LONG:
         for name, part in (("first", slice(MINUTE)), ("last", slice(count - MINUTE, count))):
             values[f"aperture_correlation_{name}_minute"] = correlation(seen.aperture[part], aperture[part])
-    values |= _pictures(frames, seen, truth, head)
+    values |= _pictures(frames, seen, truth, heads, head)
     return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _pictures(frames: np.ndarray, seen: Observation, truth: Truth, head: np.ndarray) -> dict[str, float]:
+def _pictures(frames: np.ndarray, seen: Observation, truth: Truth, heads: np.ndarray, head: np.ndarray) -> dict[str, float]:
     """What is compared in some of the frames."""
     chosen, stretch = metrics.sampled(len(frames)), min(STRETCH, max(1, len(frames) // 4))
     some = frames[chosen]
-    values = metrics.identity(metrics.head_cuts(some, seen[chosen]), head)
+    values = metrics.identity(heads[chosen], head)
     if truth.background.any():
         values["background_de"] = float(metrics.background_distance(some, truth.reference, truth.background).mean())
         values["background_ssim"] = float(metrics.background_structure(some, truth.reference, truth.background).mean())

@@ -13,6 +13,7 @@ import numpy as np
 __all__ = ["GRAMMARS", "Grammar", "draw_nonsense", "draw_sentence", "draw_verse"]
 
 HELD_OUT_PART = 4
+ROLES = ("subjects", "verbs", "objects", "places")
 NAME_SYLLABLES = "ba be bi bo bu da di do fa fe fi fo ga go ka ki ko la le li lo lu ma me mi mo mu na ne ni no pa pe pi po ra ri ro sa "
 NAME_SYLLABLES += "se si so ta te ti to tu va ve vi wa wi za zo sha shi"
 
@@ -34,10 +35,14 @@ class Grammar:
     patterns: str
 
     def words(self, role: str, held_out: bool) -> list[str]:
-        """The words of "subjects", "verbs", "objects" or "places" for training, or the held-out ones."""
+        """The entries of one of ROLES for training, or the held-out ones."""
         every = getattr(self, role).split("|")
         train = len(every) - len(every) // HELD_OUT_PART
         return every[train:] if held_out else every[:train]
+
+    def vocabulary(self, held_out: bool) -> set[str]:
+        """The single words of all entries for training, or of the held-out ones, which may share articles."""
+        return {word for role in ROLES for entry in self.words(role, held_out) for word in entry.split()}
 
 
 ENGLISH = (
@@ -124,7 +129,7 @@ GRAMMARS: tuple[Grammar, ...] = (
 
 def draw_sentence(rng: np.random.Generator, grammar: Grammar, held_out: bool = False) -> str:
     """One sentence of the grammar; held-out sentences share no word of its lists with the others."""
-    slots = {key: str(rng.choice(grammar.words(role, held_out))) for key, role in zip("svop", ("subjects", "verbs", "objects", "places"))}
+    slots = {key: str(rng.choice(grammar.words(role, held_out))) for key, role in zip("svop", ROLES)}
     slots |= {"n": str(_draw_number(rng, held_out)), "x": _draw_name(rng, held_out)}
     sentence = str(rng.choice(grammar.patterns.split("|"))).format(**slots)
     start = next(index for index, letter in enumerate(sentence) if letter.isalnum())
@@ -133,20 +138,19 @@ def draw_sentence(rng: np.random.Generator, grammar: Grammar, held_out: bool = F
 
 def draw_verse(rng: np.random.Generator, grammar: Grammar, held_out: bool = False) -> str:
     """A line to sing: words of the grammar, without numbers and punctuation."""
-    return " ".join(str(rng.choice(grammar.words(role, held_out))) for role in ("subjects", "verbs", "objects", "places"))
+    return " ".join(str(rng.choice(grammar.words(role, held_out))) for role in ROLES)
 
 
 def draw_nonsense(rng: np.random.Generator, grammar: Grammar) -> str:
     """Words that no language has, of pieces of the grammar's training words: what hears them learns sounds, not a vocabulary."""
-    roles = ("subjects", "verbs", "objects", "places")
-    known = {held: {word for role in roles for entry in grammar.words(role, held) for word in entry.split()} for held in (False, True)}
-    words = sorted(known[False])
+    words, held_out = sorted(grammar.vocabulary(False)), grammar.vocabulary(True)
     invented: list[str] = []
     while len(invented) < 5:
         pieces = [str(rng.choice(words)) for _ in range(rng.integers(1, 4))]
         starts = [int(rng.integers(max(1, len(piece) - 1))) for piece in pieces]
         word = "".join(piece[start : start + int(rng.integers(2, 5))] for piece, start in zip(pieces, starts))
-        invented += [word] * (word not in known[True])
+        if word not in held_out:
+            invented.append(word)
     return " ".join(invented)
 
 

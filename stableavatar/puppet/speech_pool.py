@@ -77,8 +77,8 @@ def draw_segments(
 ) -> list[Segment]:
     """So many utterances of the world's voices; they do not depend on the number of processes.
 
-    In training's, three of four that speak do so in invented words: of the world's few the model would learn a vocabulary, and
-    mishear new ones (lips of new words correlated with 0.95, of known ones with 0.98; voices made no difference).
+    In training's, three of four that speak do so in invented words: of the world's few the model would learn a vocabulary, and mishear
+    new ones.
     """
     return list(shared_out(partial(_draw_segment, seed, seconds, held_out), range(count), workers))
 
