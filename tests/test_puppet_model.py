@@ -22,10 +22,9 @@ PARTS = ("transformer", "vae", "text_encoder", "image_encoder", "audio_encoder")
 LARGEST, ALL = 20_000_000, 40_000_000
 """Bytes of a file, and of the folder."""
 BARS = {
-    "aperture_correlation": 0.85, "swapped_correlation": 0.3, "background_de": 3.0, "identity_ssim": 0.5, "sharpness": 0.6,
-    "broken_frames": 8.1,
+    "aperture_correlation": 0.9, "swapped_correlation": 0.2, "background_de": 1.5, "identity_ssim": 0.65, "sharpness": 0.7,
+    "broken_frames": 1,
 }  # fmt: skip
-"""Broken frames a tenth of a video's; the goal is none, which the model does not reach, as its card says."""
 FRESH_SEED = 4711
 """Of cases that no choice was made with."""
 
@@ -88,7 +87,7 @@ def test_the_person_and_the_place_stay(cases):
 
 def test_the_demo_makes_a_video_of_the_example(tmp_path):
     output = tmp_path / "fresh" / "demo.mp4"
-    command = ["bash", str(ROOT / "scripts/demo.sh"), f"output={output}", "steps=3"]
+    command = ["bash", str(ROOT / "scripts/demo.sh"), f"output={output}"]
     made = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
     assert str(output) in made.stdout
     with AudioTrack(output) as track, AudioTrack(ROOT / "examples/ada/audio.wav") as voice:
