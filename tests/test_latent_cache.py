@@ -16,7 +16,7 @@ from clip_files import make_clip, record
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
-from stableavatar.config import load_config
+from stableavatar.config import load_config, override
 from stableavatar.data import latent_cache
 from stableavatar.data.buckets import EpochPlan, assign
 from stableavatar.data.cache_index import Key, read_index
@@ -296,7 +296,7 @@ def test_training_from_the_cache_reads_what_encoding_online_gives(whole: TrainCo
     found, _ = find_clips(config.data.lists, config.data.source_fps)
     buckets, _ = assign(found, [(32, 32)], [9, 5], config.data.fps)
     assert {bucket.frames: members for bucket, members in buckets.items()} == {5: [0, 1, 2, 4], 9: [3]}
-    online = ClipDataset(found, buckets, config.data.fps, config.seed)
+    online = ClipDataset(found, buckets, config.data.fps, config.data.seed)
     cached = CachedDataset(Path(config.data.cache), found, buckets, config.data.runs, encoding_identity(config))
     encoder = SampleEncoder({name: pipe.components[name] for name in FROZEN}, pipe.transformer.config.text_length, torch.device("cpu"))
     plan, reasons = EpochPlan(buckets, config.seed, config.data.runs, processes=1, batch=1, accumulation=1), set()
@@ -307,6 +307,7 @@ def test_training_from_the_cache_reads_what_encoding_online_gives(whole: TrainCo
             assert_same(a.value, encoder.encode([b.value])[0])
             reasons |= set(a.broken)
     assert {Path(name).name for name, _ in reasons} == {"00004"}
+    assert encoding_identity(override(config, {"seed": "7"})) == encoding_identity(config)  # runs of every seed share a cache
 
 
 def program(words: list[str], before: str = "") -> list[str]:
@@ -347,7 +348,7 @@ def test_mistakes_are_told_before_models_load(words: list[str], whole: TrainConf
         "data.cache is missing": ["data.runs=1"],
         "no model is named": [new, "model="],
         "path list": [new, f"data.lists={tmp_path / 'absent.txt'}"],
-        "seed is 42 there and 1 here": [old, "seed=1"],
+        "data.seed is 42 there and 1 here": [old, "data.seed=1"],
         "dtype is float32 there and bfloat16 here": [old, "dtype=bfloat16"],
         "1 of 5 clips are broken": [old, "data.max_broken=0.1"],
     }

@@ -11,6 +11,7 @@ import torch
 from media_files import REAL, needs_real_input, run_ffmpeg, save, tone
 from PIL import Image
 
+from stableavatar import media
 from stableavatar.geometry import SAMPLE_RATE
 from stableavatar.media import AudioTrack, fit_image, read_image
 
@@ -181,11 +182,29 @@ def test_wav_from_a_pipe_is_legal(tmp_path: Path, wav: Path) -> None:
         assert track.samples == SAMPLE_RATE
 
 
-@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3", "a.m4a", "front.mp4", "a.mkv", "a.aiff", "a.ogg", "a.opus"])
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT", "PCM_U8", "ULAW"])
+@pytest.mark.parametrize("size", [None, 0, 0xFFFFFFFF], ids=["known", "zero", "unknown"])
+def test_a_wav_of_16_khz_is_read_as_by_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtype: str, size: int | None) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(1.3, 16_000), 16_000, subtype=subtype)
+    if size is not None:  # as written into a pipe
+        before, found, after = path.read_bytes().partition(b"data")
+        path.write_bytes(before + found + size.to_bytes(4, "little") + after[4:])
+    with AudioTrack(path) as track:
+        samples = track.read(0, track.samples)
+    monkeypatch.setattr(media, "_is_as_kept", lambda path: False)
+    with AudioTrack(path) as track:
+        assert np.array_equal(samples, track.read(0, track.samples)) and len(samples) == 20_800
+
+
+TOLD = {"front.mp4": ["-movflags", "+faststart"], "kept.wav": ["-ac", "1", "-ar", "16000"]}
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3", "a.m4a", "a.mkv", "a.aiff", "a.ogg", "a.opus", *TOLD])
 def test_truncated_sound(tmp_path: Path, name: str) -> None:
     noise = np.random.default_rng(0).normal(0, 0.1, (88_200, 2))
     soundfile.write(tmp_path / "noise.wav", noise, 44_100)
-    front = ["-movflags", "+faststart"] if name == "front.mp4" else []
+    front = TOLD.get(name, [])
     run_ffmpeg("-y", "-i", str(tmp_path / "noise.wav"), *front, str(tmp_path / name))
     whole = (tmp_path / name).read_bytes()
     (tmp_path / f"cut_{name}").write_bytes(whole[: len(whole) // 2])
@@ -194,11 +213,12 @@ def test_truncated_sound(tmp_path: Path, name: str) -> None:
         AudioTrack(tmp_path / f"cut_{name}")
 
 
+@pytest.mark.parametrize("rate", [16_000, 44_100])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_nan_in_sound(tmp_path: Path, value: float) -> None:
-    samples = tone()
-    samples[30_000] = value
-    soundfile.write(tmp_path / "a.wav", samples, 44_100, subtype="FLOAT")
+def test_nan_in_sound(tmp_path: Path, value: float, rate: int) -> None:
+    samples = tone(rate=rate)
+    samples[10_000] = value
+    soundfile.write(tmp_path / "a.wav", samples, rate, subtype="FLOAT")
     with pytest.raises(ValueError, match="NaN or infinite"):
         AudioTrack(tmp_path / "a.wav")
 

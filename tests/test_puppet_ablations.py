@@ -18,6 +18,7 @@ from stableavatar.puppet.ablation_stretches import stretch_starts
 from stableavatar.puppet.ablations import AblateConfig, ablate, inference_config, measurement, parse_seeds, parse_variants, training
 from stableavatar.puppet.vae import PuppetVAE
 from stableavatar.training.config import TrainConfig
+from stableavatar.training.parts import encoding_identity
 
 EXPERIMENTS = sorted(Path(__file__).parents[1].glob("configs/ablations/*.yaml"))
 QUICK = "steps=1 guidance.name=none windows.frames=5 windows.overlap=1"
@@ -60,11 +61,13 @@ def test_experiments_share_trainings():
         return {variant.name: training(config, variant, 0).folder for variant in parse_variants(config.variants)}
 
     first, long, masked = map(folders, (adapter, accumulation, masks))
-    assert len(set(first.values())) == 6 and len(set(masked.values())) == 4
+    assert len(set(first.values())) == 6 and len(set(masked.values())) == 3
     assert first["full"] == masked["recipe"] == long["adapter"] == long["adapter_guidance"] and first["none"] == long["baseline"]
     full = parse_variants(adapter.variants)[0]
     assert training(adapter, full, 1).folder not in first.values()
     assert training(replace(adapter, train=adapter.train + " max_steps=2000"), full, 0).folder not in first.values()
+    recipe, seeded = (load_config(TrainConfig, adapter.recipe, words) for words in ([], training(adapter, full, 1).words))
+    assert seeded.seed != recipe.seed and encoding_identity(seeded) == encoding_identity(recipe)  # every seed reads the recipe's cache
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def write_cache(config: TrainConfig) -> None:
     state = PartialState(cpu=config.device == "cpu", timeout=PATIENCE)
     clips, broken = on_main(state, lambda: list_clips(config.data, config.data.lists, None))
     buckets, short = assign(clips, parse_sizes(config.data.sizes), parse_lengths(config.data.frames), config.data.fps)
-    dataset = ClipDataset(clips, buckets, config.data.fps, config.seed)
+    dataset = ClipDataset(clips, buckets, config.data.fps, config.data.seed)
     items = [Item(clip, bucket, run, run, 0, 0, 1) for run in range(config.data.runs) for bucket in buckets for clip in buckets[bucket]]
     with state.main_process_first():
         identity, dtype = encoding_identity(config), getattr(torch, config.data.cache_dtype)

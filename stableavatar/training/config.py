@@ -15,6 +15,8 @@ class DataConfig:
     fps: float = setting(FPS, "frames per second of the samples; clips of any other rate are resampled, sound in step", low=1, high=120)
     source_fps: float = setting(FPS, "rate of clips that are only images/, whose files do not tell it", low=1, high=240)
     runs: int = setting(0, "fixed runs of frames per clip, taken in turn epoch by epoch; 0 draws a new run every epoch (no cache)", low=0)
+    seed: int = setting(42, "of the runs' starts, which a cache holds; all else that is random follows from the run's own seed",
+                        low=0, high=2**63 - 1)
     cache: str = setting("", "folder that scripts/cache_latents.py wrote (needs runs of at least 1); empty encodes while training")
     cache_dtype: str = setting("float32", "precision of the cache: float32 trains exactly as without one, bfloat16 takes half the disk",
                                choices=("float32", "bfloat16"))

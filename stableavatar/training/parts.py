@@ -100,7 +100,7 @@ def transformer_settings(config: TrainConfig) -> dict[str, Any]:
 def encoding_identity(config: TrainConfig) -> dict[str, Any]:
     """What encoded samples depend on beside clip, run and bucket; weights are left out where their files are not at hand."""
     identity = {
-        "seed": config.seed,
+        "data.seed": config.data.seed,
         "data.fps": config.data.fps,
         "data.source_fps": config.data.source_fps,
         "dtype": str(training_dtype(config)).removeprefix("torch."),

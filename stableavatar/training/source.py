@@ -77,7 +77,7 @@ class SampleSource:
         if data.cache:
             self.dataset = CachedDataset(Path(data.cache), self.clips, buckets, data.runs, encoding_identity(config))
         else:
-            self.dataset = ClipDataset(self.clips, buckets, data.fps, config.seed)
+            self.dataset = ClipDataset(self.clips, buckets, data.fps, data.seed)
 
     def _tell(self, buckets: dict, short: list[int]) -> None:
         for bucket, members in buckets.items():

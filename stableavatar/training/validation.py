@@ -49,7 +49,7 @@ class HeldOut:
         buckets, _ = assign(clips, parse_sizes(data.sizes), parse_lengths(data.frames), data.fps)
         if not buckets:
             raise ValueError(f"no clip of data.validation_lists={data.validation_lists} is long enough for data.frames={data.frames}")
-        self.dataset = ClipDataset(clips, buckets, data.fps, config.seed)
+        self.dataset = ClipDataset(clips, buckets, data.fps, data.seed)
         self.plan = EpochPlan(buckets, config.seed, 1, self._place.size, config.batch, 1)
         self.objective = Objective(without_drops(config.objective), config.seed)
 
