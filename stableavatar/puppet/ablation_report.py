@@ -145,7 +145,7 @@ def _draw_points(pyplot: Any, rows: dict[str, Any], figures: Sequence[str]) -> A
 
 def _draw_curves(pyplot: Any, results: Results) -> Any:
     """Means over time with bands of their intervals; every variant's stretches begin where those of the others do."""
-    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(3.4 * len(CURVES), 2.8))
+    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(3.4 * len(CURVES), 3.1), layout="constrained")
     for axis, name in zip(axes, CURVES):
         for variant, seeds in results.items():
             points = [(at, found) for at, found in stretch_intervals(seeds, name) if found]
@@ -155,7 +155,7 @@ def _draw_curves(pyplot: Any, results: Results) -> Any:
                 axis.fill_between(times, [found.low for _, found in points], [found.high for _, found in points], alpha=0.15)
         axis.set(title=label(name), xlabel="seconds")
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(axes))
     return figure
 
 
