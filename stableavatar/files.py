@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -11,6 +13,23 @@ from pathlib import Path
 from typing import Any
 
 CHUNK = 1 << 20
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and a polite kill wait for the end of the block, in which something is put in order."""
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield
+        return
+    heard: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in heard[:1]:
+            signal.raise_signal(number)
 
 
 @contextmanager
@@ -22,7 +41,8 @@ def replacing(path: Path) -> Iterator[Path]:
         _to_disk(partial)
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with uninterrupted():
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -43,7 +63,8 @@ def filling(folder: Path) -> Iterator[Path]:
         for file in files:
             file.replace(folder / file.name)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with uninterrupted():
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

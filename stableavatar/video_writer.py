@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from stableavatar import ffmpeg
+from stableavatar.files import uninterrupted
 
 GENERATED = "AI-generated video made with StableAvatar"
 FRAME_FILES = "frame_*.png"
@@ -112,11 +113,14 @@ class VideoWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        with self._undo:
+        try:
             if kind is None:
                 self._finish()
                 self._undo.pop_all()
                 self._log.close()
+        finally:
+            with uninterrupted():
+                self._undo.close()
 
     def _check(self) -> None:
         height, width, _ = self._shape

@@ -1,10 +1,13 @@
 """Files and folders that are there whole or not at all."""
 
 import json
+import shutil
+import signal
+from pathlib import Path
 
 import pytest
 
-from stableavatar.files import filling, write_json
+from stableavatar.files import filling, replacing, write_json
 
 
 def test_a_folder_is_filled_once_all_is_written(tmp_path):
@@ -32,3 +35,27 @@ def test_a_new_folder_is_made(tmp_path):
     write_json(tmp_path / "b/figures.json", [1])
     assert json.loads((tmp_path / "a/model/figures.json").read_text()) == {"one": None}
     assert json.loads((tmp_path / "b/figures.json").read_text()) == [1]
+
+
+@pytest.mark.parametrize("writing", [replacing, filling])
+def test_a_signal_waits_until_all_is_tidied(tmp_path, monkeypatch, writing):
+    """As when a process has failed and is told to end before it has cleaned up."""
+    remove = {replacing: (Path, "unlink"), filling: (shutil, "rmtree")}[writing]
+    with pytest.raises(KeyboardInterrupt), writing(tmp_path / "out") as part:
+        (part / "weights" if writing is filling else part).write_text("half")
+        monkeypatch.setattr(*remove, interrupted(getattr(*remove)))
+        raise RuntimeError("another process has ended")
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):  # as before
+        signal.raise_signal(signal.SIGINT)
+
+
+def interrupted(call):
+    """`call`, reached by a signal before it has done anything."""
+
+    def signalled(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+        return call(*args, **options)
+
+    return signalled

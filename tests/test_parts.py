@@ -179,7 +179,7 @@ def test_encoded_samples_are_known_by_settings_and_weights(tiny_folder, from_rel
     assert [key for key in identity if changed[key] != identity[key]] == ["vae"]
     shutil.rmtree(moved / "vae")
     assert encoding_identity(settings(model=moved)).keys() == identity.keys() - {"vae"}
-    for key, value in {"seed": 1, "data.fps": 24, "data.source_fps": 30, "dtype": "float32"}.items():
+    for key, value in {"data.seed": 1, "data.fps": 24, "data.source_fps": 30, "dtype": "float32"}.items():
         other = encoding_identity(settings(**{"model": tiny_folder, key: value}))
         assert [name for name in identity if other[name] != identity[name]] == [key]
     assert not {*MODELS} & encoding_identity(settings(scratch=scratch)).keys()

@@ -176,6 +176,21 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
+def test_a_signal_does_not_stop_the_cleaning_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a process has failed because another one is gone, and is told to end before it has cleaned up."""
+    unlink = Path.unlink
+
+    def interrupted(path: Path, missing_ok: bool = False) -> None:
+        signal.raise_signal(signal.SIGINT)
+        unlink(path, missing_ok)
+
+    with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "out.mp4", 128, 96, 25) as video:
+        video.write(clip(3))
+        monkeypatch.setattr(Path, "unlink", interrupted)
+        raise RuntimeError("another process has ended")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_killed_run_does_not_disturb_the_next(tmp_path: Path) -> None:
     run = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     run.stdout.readline()
