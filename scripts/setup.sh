@@ -6,16 +6,20 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-case "${1:-}" in
-    "") requirements=requirements.txt ;;
-    data | evaluation | dev) requirements=requirements-$1.txt ;;
+all="requirements.txt requirements-data.txt requirements-evaluation.txt requirements-dev.txt"  # each holds those before it
+requirements=requirements${1:+-$1}.txt
+case " $all " in
+    *" $requirements "*) enough="$requirements${all#*"$requirements"}" ;;
     *) echo "error: got $1; expected data, evaluation, dev or nothing" >&2; exit 2 ;;
 esac
-wanted="$(cat requirements.txt requirements-data.txt requirements-evaluation.txt requirements-vocals.txt "$requirements" pyproject.toml | cksum) $PWD"
-stamp=.venv/installed-$requirements
+wanted() { echo "$(cat requirements.txt requirements-data.txt requirements-evaluation.txt requirements-vocals.txt "$1" pyproject.toml | cksum) $PWD"; }
 works() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; }
 
-ready() { works .venv/bin/python && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; }
+ready() {
+    works .venv/bin/python || return 1
+    for name in $enough; do if [ "$(cat ".venv/installed-$name" 2>/dev/null)" = "$(wanted "$name")" ]; then return 0; fi; done
+    return 1
+}
 
 if ready; then exit 0; fi
 if command -v flock >/dev/null; then  # machines that share the folder take turns
@@ -50,4 +54,4 @@ if [ "$requirements" = requirements-dev.txt ]; then
     .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target .venv/fidelity 'torch-fidelity>=0.4'
 fi
 .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e .
-echo "$wanted" >"$stamp"
+wanted "$requirements" >".venv/installed-$requirements"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import readings  # noqa: E402, F401
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from accelerate.utils import parse_flag_from_env  # noqa: E402
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import readings  # noqa: F401
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from clip_files import make_clip
