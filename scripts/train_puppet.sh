@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev
 
-world="clips=1500" mouths="steps=1300" vae="steps=6000" speech="" check="cases=50"
+world="clips=2500" mouths="steps=1300" vae="steps=6000" speech="" check="cases=50"
 begin="max_steps=6000" finish="max_steps=4500" frames=""
 # In bfloat16 plain products train faster than the fused kernel (1.5 times), and compiled blocks faster still (a quarter); in float32 neither does.
 fast=""
