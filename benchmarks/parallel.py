@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from stableavatar.parallel.windows import share_windows
 from stableavatar.parallel.work import Size
 from stableavatar.sampling.conditioning import Conditioning
 from stableavatar.sampling.denoise import GuidedVelocity, SlidingWindows, denoise_windows
-from stableavatar.sampling.flow import make_scheduler
+from stableavatar.sampling.flow import frame_noise, make_scheduler
 from stableavatar.sampling.guidance import Guidance, Text
 from stableavatar.sampling.step_cache import StepCache
 
@@ -107,7 +108,8 @@ def measure_mesh(job: Job, sizes: MeshSizes, device: torch.device) -> tuple[floa
         cache = StepCache(0.0, len(job.passes))
         velocity = GuidedVelocity(model, conditioning, Guidance(), scheduler.timesteps, cache, False, share_passes(mesh))
         shape = (LATENT_CHANNELS, job.height, job.width)
-        list(denoise_windows(SlidingWindows(share_windows(mesh, job.plan, ORDER, shape), scheduler, shape, 7, velocity), velocity))
+        crew = share_windows(mesh, job.plan, ORDER, shape)
+        list(denoise_windows(SlidingWindows(crew, scheduler, partial(frame_noise, shape, 7), velocity), velocity))
 
     with Traffic() as traffic:
         denoise()  # the first one also warms up

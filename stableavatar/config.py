@@ -139,6 +139,7 @@ class InferenceConfig(Config):
     fit: str = setting("crop", "a portrait of another shape is cropped, padded or stretched", choices=("crop", "pad", "stretch"))
     fps: float = setting(FPS, "frames per second; the model was trained on 25", low=1, high=120)
     seed: int = setting(42, "seed of the noise; the same seed on the same machine gives the same video", low=0, high=2**63 - 1)
+    noise_scale: float = setting(1.0, "standard deviation of the noise; below 1 for steadier and less varied videos", low=0, high=2)
     steps: int = setting(50, "denoising steps, 30 to 50 recommended", low=1, high=1000)
     solver: str = setting("euler", "solver of the flow", choices=("euler", "unipc", "dpm"))
     shift: float = setting(5.0, "shift of the noise schedule; more spends more steps on high noise", low=0.01, high=100)

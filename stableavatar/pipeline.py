@@ -34,7 +34,7 @@ from stableavatar.parallel.windows import share_windows
 from stableavatar.puppet.vae import VideoVAE
 from stableavatar.sampling.conditioning import Conditioning, reference_channels
 from stableavatar.sampling.denoise import GuidedVelocity, SlidingWindows, denoise_motion_frames, denoise_windows
-from stableavatar.sampling.flow import make_scheduler
+from stableavatar.sampling.flow import frame_noise, make_scheduler
 from stableavatar.sampling.guidance import Guidance, Text
 from stableavatar.sampling.offload import resolve_device, resolve_dtype
 from stableavatar.sampling.resume import NO_RUN_STORE, NoRunStore, RunStore
@@ -314,7 +314,8 @@ class StableAvatarPipeline(DiffusionPipeline):
         velocity = GuidedVelocity(self.transformer, conditioning, Guidance(**guidance), scheduler.timesteps, cache, batched, shares)
         shape = (geometry.LATENT_CHANNELS, *conditioning.reference.shape[-2:])
         crew = share_windows(self.parallel, plan, config.windows.order, shape)
-        return SlidingWindows(crew, scheduler, shape, config.seed, velocity), velocity
+        noise = partial(frame_noise, shape, config.seed, scale=config.noise_scale)
+        return SlidingWindows(crew, scheduler, noise, velocity), velocity
 
     def _continue_reference(self, clip: Tensor, overlap: int) -> Tensor:
         """Reference channels of a clip that goes on from the last `overlap` latent frames of `clip` [16, F, h, w]."""

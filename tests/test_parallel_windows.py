@@ -24,7 +24,7 @@ from stableavatar.parallel.traffic import Traffic
 from stableavatar.parallel.windows import WindowShares, share_windows
 from stableavatar.sampling.conditioning import Conditioning
 from stableavatar.sampling.denoise import GuidedVelocity, SlidingWindows, denoise_windows
-from stableavatar.sampling.flow import make_scheduler
+from stableavatar.sampling.flow import frame_noise, make_scheduler
 from stableavatar.sampling.guidance import Guidance, Text
 from stableavatar.sampling.resume import NO_RUN_STORE, NoRunStore, RunStore
 from stableavatar.sampling.step_cache import StepCache
@@ -79,7 +79,7 @@ def generate(
     scheduler, network = make_scheduler(case.solver, case.steps, 5.0), Network()
     cache = StepCache(case.step_cache, case.steps)
     velocity = GuidedVelocity(network, conditioning(), Guidance(case.guidance), scheduler.timesteps, cache, False, share_passes(mesh))
-    windows = SlidingWindows(share_windows(mesh, case.plan(), case.order, SHAPE), scheduler, SHAPE, 7, velocity)
+    windows = SlidingWindows(share_windows(mesh, case.plan(), case.order, SHAPE), scheduler, partial(frame_noise, SHAPE, 7), velocity)
     stretches = list(denoise_windows(windows, velocity, store, on_round))
     assert not (windows._stretches or windows._solvers or windows._carried or cache._entries), "something of a finished run is kept"
     return stretches, network.rows

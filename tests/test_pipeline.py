@@ -61,7 +61,7 @@ def test_settings_that_change_only_how_give_the_same_video(pipe, portrait, make_
     [
         {"seed": 1}, {"guidance__name": "audio_native"}, {"guidance__name": "none"}, {"guidance__audio_scale": 9.0}, {"guidance__end": 0.5},
         {"windows__weights": "none"}, {"windows__tail": "shift"}, {"windows__strategy": "motion_frame"}, {"solver": "unipc"},
-        {"shift": 1.0}, {"steps": 3}, {"negative_prompt": "blurry"}, {"fit": "stretch"}, {"fps": 20.0},
+        {"shift": 1.0}, {"noise_scale": 0.5}, {"steps": 3}, {"negative_prompt": "blurry"}, {"fit": "stretch"}, {"fps": 20.0},
     ],
 )  # fmt: skip
 def test_every_setting_has_an_effect(pipe, portrait, make_voice, settings, change):

@@ -61,7 +61,7 @@ def test_experiments_share_trainings():
         return {variant.name: training(config, variant, 0).folder for variant in parse_variants(config.variants)}
 
     first, long, masked = map(folders, (adapter, accumulation, masks))
-    assert len(set(first.values())) == 5 and len(set(masked.values())) == 2
+    assert len(set(first.values())) == 6 and len(set(masked.values())) == 3
     assert first["full"] == masked["recipe"] == long["adapter"] == long["adapter_guidance"] and first["none"] == long["baseline"]
     full = parse_variants(adapter.variants)[0]
     assert training(adapter, full, 1).folder not in first.values()

@@ -88,14 +88,14 @@ class Field:
 def run(plan, order="step_major", solver="euler", steps=4, store=None):
     scheduler = make_scheduler(solver, steps, 5.0)
     velocity = Field(scheduler.timesteps)
-    windows = SlidingWindows(Crew(plan, order), scheduler, (2, 4, 4), 7, velocity)
+    windows = SlidingWindows(Crew(plan, order), scheduler, partial(frame_noise, (2, 4, 4), 7), velocity)
     return denoise_windows(windows, velocity, *([store] if store else []))
 
 
 def algorithm_1(plan, steps=4):
     """The paper's algorithm 1, literally: whole latents, z_{t-1} fused."""
     scheduler = make_scheduler("euler", steps, 5.0)
-    z = torch.cat([frame_noise((2, 4, 4), f, 7) for f in range(plan.total)], dim=1)
+    z = torch.cat([frame_noise((2, 4, 4), 7, f) for f in range(plan.total)], dim=1)
     for step in range(steps):
         result = z.clone()
         delta = scheduler.sigmas[step + 1] - scheduler.sigmas[step]
@@ -150,11 +150,12 @@ def test_a_stretch_is_solved_as_the_whole_would_be():
 
 
 def test_noise_depends_on_frame_and_seed_alone():
-    one = frame_noise((16, 8, 8), 3, 42)
-    assert torch.equal(one, frame_noise((16, 8, 8), 3, 42))
-    others = torch.stack([one, frame_noise((16, 8, 8), 4, 42), frame_noise((16, 8, 8), 3, 43)]).flatten(1)
+    one = frame_noise((16, 8, 8), 42, 3)
+    assert torch.equal(one, frame_noise((16, 8, 8), 42, 3))
+    others = torch.stack([one, frame_noise((16, 8, 8), 42, 4), frame_noise((16, 8, 8), 43, 3)]).flatten(1)
     assert torch.corrcoef(others).fill_diagonal_(0).abs().max() < 0.15
     assert abs(one.mean()) < 0.15 and abs(one.std() - 1) < 0.1
+    assert torch.equal(0.5 * one, frame_noise((16, 8, 8), 42, 3, scale=0.5))
 
 
 def predictions(guidance: Guidance) -> float:
@@ -227,7 +228,7 @@ def test_audio_is_encoded_once_per_window_and_let_go():
     plan, scheduler = WindowPlan.sliding(17, 5, 2), make_scheduler("euler", 4, 5.0)
     inputs = conditioning(encode)
     velocity = GuidedVelocity(Counter(), inputs, Guidance("cfg"), scheduler.timesteps, StepCache(0, 4))
-    list(denoise_windows(SlidingWindows(Crew(plan, "wavefront"), scheduler, (16, 4, 4), 0, velocity), velocity))
+    list(denoise_windows(SlidingWindows(Crew(plan, "wavefront"), scheduler, partial(frame_noise, (16, 4, 4), 0), velocity), velocity))
     assert sorted(asked) == list(plan.windows) and not inputs._features
 
 
@@ -235,7 +236,7 @@ def cached(threshold, steps=12, order="step_major"):
     model, plan, scheduler = Counter(), WindowPlan.sliding(17, 5, 2), make_scheduler("euler", steps, 5.0)
     cache = StepCache(threshold, steps)
     velocity = GuidedVelocity(model, conditioning(), Guidance("cfg"), scheduler.timesteps, cache)
-    windows = SlidingWindows(Crew(plan, order), scheduler, (16, 4, 4), 0, velocity)
+    windows = SlidingWindows(Crew(plan, order), scheduler, partial(frame_noise, (16, 4, 4), 0), velocity)
     return torch.cat(list(denoise_windows(windows, velocity)), dim=1), model.rows, cache
 
 

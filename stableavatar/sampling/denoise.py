@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stableavatar.models.layout import TokenLayout
 from stableavatar.sampling.conditioning import Conditioning
 from stableavatar.sampling.crew import Crew
-from stableavatar.sampling.flow import Solver, frame_noise
+from stableavatar.sampling.flow import Solver
 from stableavatar.sampling.guidance import ALL_PASSES, Guidance, Pass, PassShares
 from stableavatar.sampling.resume import NO_RUN_STORE, NoRunStore
 from stableavatar.sampling.step_cache import StepCache
@@ -83,17 +83,20 @@ class SlidingWindows:
 
     Only stretches in work are held: a band in wavefront order, the video's latents in step-major order. Where a crew of several
     processes shares the windows, a process holds its own stretches and what its windows read of the others'.
+
+    Args:
+        noise: gives a latent frame [C, 1, h, w] before the first step.
+        velocity: of a window (its index and itself) at its latents [C, F, h, w] and a step.
     """
 
     def __init__(
         self,
         crew: Crew,
         scheduler: SchedulerMixin,
-        shape: tuple[int, int, int],
-        seed: int,
+        noise: Callable[[int], Tensor],
         velocity: Callable[[int, Window, Tensor, int], Tensor],
     ) -> None:
-        self.crew, self.plan, self.scheduler, self.shape, self.seed, self.velocity = crew, crew.plan, scheduler, shape, seed, velocity
+        self.crew, self.plan, self.scheduler, self.noise, self.velocity = crew, crew.plan, scheduler, noise, velocity
         self._stretches: dict[int, Tensor] = {}
         self._solvers: dict[int, Solver] = {}
         self._carried: dict[int, Tensor] = {}
@@ -121,8 +124,7 @@ class SlidingWindows:
     def _stretch(self, index: int) -> Tensor:
         """Latents of a stretch; noise where no step was taken yet."""
         if index not in self._stretches:
-            frames = range(*self.plan.stretch(index))
-            self._stretches[index] = torch.cat([frame_noise(self.shape, frame, self.seed) for frame in frames], dim=1)
+            self._stretches[index] = torch.cat([self.noise(frame) for frame in range(*self.plan.stretch(index))], dim=1)
         return self._stretches[index]
 
     def _fuse(self, index: int, step: int, velocities: dict[Pair, Tensor]) -> None:

@@ -58,12 +58,16 @@ class Solver:
         vars(self._scheduler).update(copy.deepcopy(state))
 
 
-def frame_noise(shape: tuple[int, int, int], frame: int, seed: int) -> Tensor:
-    """Standard normal noise [C, 1, h, w] of one latent frame: the same whatever the order or the process that asks for it."""
+def frame_noise(shape: tuple[int, int, int], seed: int, frame: int, scale: float = 1.0) -> Tensor:
+    """Normal noise [C, 1, h, w] of one latent frame: the same whatever the order or the process that asks for it.
+
+    Args:
+        scale: standard deviation. The model was trained from 1; from less it makes what is nearer to the mean of what it could make.
+    """
     channels, height, width = shape
     mixed = np.random.SeedSequence([seed, frame]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(mixed))
-    return torch.randn((channels, 1, height, width), generator=generator)
+    return scale * torch.randn((channels, 1, height, width), generator=generator)
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
