@@ -3,7 +3,8 @@
 import ast
 import re
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,9 @@ PROCESS_EXCEPTIONS = {
     ("stableavatar/models/strict_loading.py", "accelerate"): "builds a model without memory for it, to be filled from disk",
 }
 
+BROUGHT_ALONG = {"yaml": "omegaconf", "huggingface_hub": "diffusers", "PIL": "pillow"}
+"""Module -> the listed package that it comes with."""
+
 CONFIGS = {"inference": InferenceConfig, "train": TrainConfig, "ablations": AblateConfig, "preparation": PrepareConfig,
            "evaluation": EvaluateConfig, "sets": SetConfig}  # fmt: skip
 PROCESS_MODULES = ("torch.distributed", "accelerate", "deepspeed")
@@ -50,10 +54,19 @@ def nodes(kind: type | tuple[type, ...], paths: list[Path]) -> Iterator[tuple[st
                 yield f"{name_of(path)}:{getattr(node, 'lineno', 0)}", node
 
 
+def within(outer: Iterable[ast.AST]) -> set[int]:
+    """id of every node inside of some."""
+    return {id(inner) for node in outer for inner in ast.walk(node)}
+
+
+def for_type_checkers(paths: list[Path]) -> set[int]:
+    """id of every node that is not run."""
+    return within(node for _, node in nodes(ast.If, paths) if getattr(node.test, "id", "") == "TYPE_CHECKING")
+
+
 def imports(paths: list[Path]) -> Iterator[tuple[str, str, str]]:
     """("file:line", module, name or ""), but for those that only type checkers see."""
-    guards = [node for _, node in nodes(ast.If, paths) if getattr(node.test, "id", "") == "TYPE_CHECKING"]
-    unseen = {id(inner) for guard in guards for inner in ast.walk(guard)}
+    unseen = for_type_checkers(paths)
     for at, node in nodes((ast.Import, ast.ImportFrom), paths):
         if id(node) not in unseen:
             module = getattr(node, "module", None) or ""
@@ -128,6 +141,30 @@ def test_imports_point_downwards():
         if module.startswith(tuple(f"stableavatar.{name}" for name in above.get(path.parent.name, ())))
     ]
     assert wrong == []
+
+
+def imported_at_start(program: Path) -> dict[str, str]:
+    """Module outside the library -> "file:line" of one of its imports: what a program and the library's modules need to be imported."""
+    paths, found = [program], {}
+    for path in paths:  # which grows
+        later = within(node for _, node in nodes(ast.FunctionDef, [path]) if path != program) | for_type_checkers([path])
+        for at, node in nodes((ast.Import, ast.ImportFrom), [path]):
+            if id(node) in later:
+                continue
+            module, names = getattr(node, "module", None), [alias.name for alias in node.names]
+            for name in [module, *(f"{module}.{name}" for name in names)] if module else names:
+                own = [file for end in (".py", "/__init__.py") if (file := ROOT / (name.replace(".", "/") + end)) in TREES]
+                paths += [file for file in own if file not in paths]
+                found |= {name.partition(".")[0]: at} if not name.startswith("stableavatar") else {}
+    return {module: at for module, at in found.items() if module not in sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("program", ["inference.py", "train.py"])
+def test_a_program_starts_with_what_is_listed(program):
+    listed = {re.split("[<>=]", line)[0] for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()}
+    needed = imported_at_start(ROOT / program)
+    assert {module: at for module, at in needed.items() if BROUGHT_ALONG.get(module, module.replace("_", "-")) not in listed} == {}
+    assert {"torch", "soundfile", "omegaconf"} <= needed.keys(), "imports are not followed"
 
 
 def test_python_3_10_can_import_it():
