@@ -252,7 +252,7 @@ def test_clips_of_folders(tmp_path) -> None:
         for frame in range(5):
             Image.new(mode, (40, 32), colour(frame)).save(tmp_path / "a" / folder / f"frame_{frame}.png")
     (tmp_path / "list.txt").write_text("a\n", encoding="utf-8")
-    store = ClipStore.read(str(tmp_path / "list.txt"))
+    store = ClipStore.read(str(tmp_path / "list.txt"), 10)
     assert store.pixels[0].shape == (5, 32, 40, 3) and store.masks[0].shape == (5, 32, 40, 2)
     assert store.pixels[0][4, 0, 0].tolist() == [4, 1, 2] and store.masks[0][4, 0, 0].tolist() == [80, 40]
     pixels, masks = store.batch(np.random.default_rng(0), SETTINGS)
@@ -267,6 +267,16 @@ def test_clips_of_folders(tmp_path) -> None:
         ClipStore([], [])
     with pytest.raises(ValueError, match="clip 0 has pictures of"):
         ClipStore(store.pixels, [store.masks[0][:4]])
+
+
+def test_of_many_clips_some_are_held(tmp_path) -> None:
+    for clip in range(7):
+        for folder in ("images", "lip_masks", "face_masks"):
+            (tmp_path / str(clip) / folder).mkdir(parents=True)
+            Image.new("L", (8, 8), clip).save(tmp_path / str(clip) / folder / "frame_0.png")
+    (tmp_path / "list.txt").write_text("\n".join(map(str, range(7))), encoding="utf-8")
+    held = {most: [int(clip.max()) for clip in ClipStore.read(str(tmp_path / "list.txt"), most).pixels] for most in (3, 7, 10)}
+    assert held == {3: [0, 3, 6], 7: [*range(7)], 10: [*range(7)]}
 
 
 def test_from_folders_to_a_model(tmp_path) -> None:

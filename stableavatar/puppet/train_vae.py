@@ -48,6 +48,7 @@ class VAEConfig(Config):
     output: str = setting("runs/puppet/vae", "folder to write; the state of the training is in it too")
     start: str = setting("", "folder of a VAE to begin with; a new one if empty")
     decoder_only: bool = setting(False, "leave the encoder as it is, so that latents in use stay valid")
+    clips: int = setting(1000, "at most so many of them, spread over the lists; all are held in memory, a GB for 150 of 81 frames", low=2)
     held_out: int = setting(16, "clips spread over the lists that it does not see, to measure with", low=1)
     steps: int = setting(4000, "the learning rate is down at zero after so many", low=1)
     minutes: float = setting(0.0, "or after so many minutes, if that is sooner; 0 for no such limit", low=0)
@@ -86,9 +87,14 @@ class ClipStore:
         self.pixels, self.masks = list(pixels), list(masks)
 
     @classmethod
-    def read(cls, lists: str) -> "ClipStore":
-        """The clip folders of path lists (`images/`, `face_masks/`, `lip_masks/`). Raises ValueError, OSError if they cannot be read."""
+    def read(cls, lists: str, most: int) -> "ClipStore":
+        """The clip folders of path lists (`images/`, `face_masks/`, `lip_masks/`), evenly chosen if there are more than `most`.
+
+        Raises:
+            ValueError, OSError: they cannot be read.
+        """
         folders = read_lists(lists)
+        folders = [folders[i] for i in np.linspace(0, len(folders) - 1, min(most, len(folders))).astype(int)]
         with ThreadPoolExecutor(2) as pool:
             pixels = list(pool.map(lambda folder: _read_frames(folder / IMAGES, "RGB"), folders))
             masks = list(pool.map(lambda folder: np.stack([_read_frames(folder / name, "L") for name in MASKS], -1), folders))
@@ -203,7 +209,7 @@ def train_vae(config: VAEConfig) -> None:
     Raises:
         ValueError, OSError: clips, `config.start` or the state of an earlier training cannot be read, the output cannot be written.
     """
-    clips = ClipStore.read(config.lists)
+    clips = ClipStore.read(config.lists, config.clips)
     if len(clips.pixels) <= config.held_out:
         raise ValueError(f"held_out={config.held_out} leaves none of {len(clips.pixels)} clips to train with")
     unseen = set(np.linspace(0, len(clips.pixels) - 1, config.held_out).astype(int).tolist())
