@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from stableavatar import ffmpeg
-from stableavatar.files import uninterrupted
+from stableavatar.files import uninterrupted, write_whole
 
 GENERATED = "AI-generated video made with StableAvatar"
 FRAME_FILES = "frame_*.png"
@@ -234,12 +234,6 @@ def write_sidecar(path: str | Path, record: Mapping[str, Any]) -> Path:
     Values that JSON does not know (paths, types) are written as their text. ValueError where it cannot be written.
     """
     target = sidecar_path(path)
-    part = target.with_name(f".{target.name}.part")
-    try:
-        with ExitStack() as undo:
-            undo.callback(part.unlink, missing_ok=True)
-            part.write_text(json.dumps(record, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(part, target)
-    except OSError as error:
-        raise ValueError(f"cannot write {target}: {error.strerror}; choose a writable place with room") from None
+    text = json.dumps(record, indent=2, default=str, ensure_ascii=False) + "\n"
+    write_whole(target, lambda part: part.write_text(text, encoding="utf-8"))
     return target

@@ -155,8 +155,8 @@ def imported_at_start(program: Path) -> dict[str, str]:
             for name in [module, *(f"{module}.{name}" for name in names)] if module else names:
                 own = [file for end in (".py", "/__init__.py") if (file := ROOT / (name.replace(".", "/") + end)) in TREES]
                 paths += [file for file in own if file not in paths]
-                found |= {name.partition(".")[0]: at} if not name.startswith("stableavatar") else {}
-    return {module: at for module, at in found.items() if module not in sys.stdlib_module_names}
+                found[name.partition(".")[0]] = at
+    return {module: at for module, at in found.items() if module not in {*sys.stdlib_module_names, "stableavatar"}}
 
 
 @pytest.mark.parametrize("program", ["inference.py", "train.py"])

@@ -94,7 +94,7 @@ class ClipStore:
             ValueError, OSError: they cannot be read.
         """
         folders = read_lists(lists)
-        folders = [folders[i] for i in np.linspace(0, len(folders) - 1, min(most, len(folders))).astype(int)]
+        folders = [folders[i] for i in spread(len(folders), most)]
         with ThreadPoolExecutor(2) as pool:
             pixels = list(pool.map(lambda folder: _read_frames(folder / IMAGES, "RGB"), folders))
             masks = list(pool.map(lambda folder: np.stack([_read_frames(folder / name, "L") for name in MASKS], -1), folders))
@@ -124,6 +124,11 @@ class ClipStore:
             corner = np.clip(mouth.mean(0).astype(int) - rng.integers(config.crop // 4, config.crop * 3 // 4, 2), 0, free)
         window = (slice(start, start + config.frames), *(slice(i, i + config.crop) for i in corner))
         return pixels[window], masks[window]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most so many of the numbers below `count`, evenly spread from the first to the last."""
+    return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
 
 
 def _read_frames(folder: Path, mode: str) -> np.ndarray:
@@ -212,7 +217,7 @@ def train_vae(config: VAEConfig) -> None:
     clips = ClipStore.read(config.lists, config.clips)
     if len(clips.pixels) <= config.held_out:
         raise ValueError(f"held_out={config.held_out} leaves none of {len(clips.pixels)} clips to train with")
-    unseen = set(np.linspace(0, len(clips.pixels) - 1, config.held_out).astype(int).tolist())
+    unseen = set(spread(len(clips.pixels), config.held_out))
     parts = (clips.only(i for i in range(len(clips.pixels)) if (i in unseen) == held_out) for held_out in (False, True))
     start = load_model(PuppetVAE, Path(config.start), torch.float32) if config.start else None
     train_on(*parts, config, start)
