@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev
 
 world="clips=2500" mouths="steps=1300" vae="steps=6000" speech="" check="cases=50"
-begin="max_steps=6000" finish="max_steps=4500" frames=""
+begin="max_steps=6000" finish="max_steps=3500" long="max_steps=700" frames=""
 # In bfloat16 plain products train faster than the fused kernel (1.5 times), and compiled blocks faster still (a quarter); in float32 neither does.
 fast=""
 if .venv/bin/python -c 'import sys, torch; from stableavatar.machine import fast_precision as f; sys.exit(f(torch.device("cpu")) != torch.bfloat16)'; then
@@ -21,7 +21,8 @@ if [ "${1:-}" = quick ]; then
     home=runs/puppet_quick  # its own: neither goes on from what the other left
     fast=${fast% compile=true}  # which takes longer than these few steps
     world="clips=24 frames=45" mouths="steps=30" vae="steps=30" speech="steps=30 pool=60" check="cases=1 frames=25"
-    frames="data.frames=45" begin="max_steps=20 checkpoint.every=20 optimizer.warmup=5" finish="max_steps=4 checkpoint.every=4"
+    frames="data.frames=45" begin="max_steps=20 checkpoint.every=20 optimizer.warmup=5"
+    finish="max_steps=4 checkpoint.every=4" long=$finish
 fi
 home=${1:-$home}
 # Small programs run side by side with a core each. The VAE trains on both, the transformer in two processes: 1.5 times as fast as two threads.
@@ -57,7 +58,8 @@ trap - EXIT
 python scripts/puppet.py assemble vae=$seeing speech=$listening output=$home/parts
 # First small pictures, where a step costs little more than half: what is heard and what is copied is learned there as well.
 train begin "data.sizes=96x96 data.runs=2 $frames" optimizer.schedule=constant $begin
-# Then as in use: all shapes at their size, and a learning rate that falls to zero.
-train finish "$frames" scratch= transformer="$(last $home/begin)" $finish
-python scripts/puppet.py assemble vae=$seeing speech=$listening transformer="$(last $home/finish)" output=$home/model
+# Then all shapes at their size, and at last as in use, with whole windows, while the learning rate falls to zero.
+train finish "$frames" scratch= transformer="$(last $home/begin)" optimizer.schedule=constant $finish
+train long "${frames:-data.frames=81}" scratch= transformer="$(last $home/finish)" optimizer.lr=6e-4 $long
+python scripts/puppet.py assemble vae=$seeing speech=$listening transformer="$(last $home/long)" output=$home/model
 python scripts/puppet.py evaluate model=$home/model output=$home/evaluation.json $check

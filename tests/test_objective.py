@@ -80,6 +80,16 @@ def test_equation_11_by_hand(q, weights, loss):
     assert Objective(ObjectiveConfig(masks=False), 0).mask(masks, q).tolist() == [[[1, 1], [1, 1]]], "off: the plain squared error"
 
 
+@pytest.mark.parametrize("lips", [[[1.0, 0.0], [0.0, 0.0]], [[0.5, 1.0], [1.0, 1.0]]])
+@pytest.mark.parametrize(("q", "total"), [(0.0, 4 + 2 + 10 * 4 * 0.05), (0.99, 4 * 0.05)])
+def test_lips_of_any_size_weigh_the_same(q, total, lips):
+    masks = torch.tensor([[[[1.0, 1.0], [0.0, 0.0]]], [lips]])
+    chosen = Objective(ObjectiveConfig(lip_weight=10, lip_area=0.05), 0).mask(masks, q)
+    assert chosen.sum().item() == pytest.approx(total)
+    none = torch.stack([masks[0], torch.zeros_like(masks[1])])
+    assert Objective(ObjectiveConfig(lip_area=0.05), 0).mask(none, 0.0).tolist() == [[[2, 2], [1, 1]]], "no lips are seen"
+
+
 def test_motion_compares_frames_not_channels():
     error = torch.tensor([[1.0, 3.0], [0.0, 0.0]]).view(1, 2, 2, 1, 1)
     losses = losses_of_error(error, torch.ones(1, 2, 1, 1), motion=0.25)

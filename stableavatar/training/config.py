@@ -37,6 +37,8 @@ class ObjectiveConfig:
     face_share: float = setting(0.1, "share of samples whose loss is that of the face mask alone (equation 11)", low=0, high=1)
     lip_share: float = setting(0.5, "share of samples whose loss is that of the lip mask alone (equation 11)", low=0, high=1)
     lip_weight: float = setting(1.0, "weight of the lips where the loss is that of all: 1 + face + lip_weight lips (equation 11: 1)", low=0)
+    lip_area: float = setting(0.0, "part of the picture that lips count as, whatever they cover: small mouths then weigh as much as large "
+                              "ones; 0 for as much as they cover (equation 11)", low=0, high=1)
     null_audio: float = setting(0.1, "share of samples with null audio (zero features): guidance's second term", low=0, high=1)
     drop_tokens: float = setting(0.1, "share of samples whose refined audio tokens are dropped: guidance's third term", low=0, high=1)
     clip_audio: float = setting(0.3, "share of forwards in which every frame attends to the audio of the whole clip", low=0, high=1)

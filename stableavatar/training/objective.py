@@ -108,9 +108,11 @@ class Objective:
         return shift_sigma(level, config.shift).float()
 
     def mask(self, masks: Tensor, q: float) -> Tensor:
-        """`choose_mask` with the configured shares; ones without masks."""
+        """`choose_mask` with the configured shares and area of the lips; ones without masks."""
         if not self.config.masks:
             return torch.ones_like(masks[0])
+        if (area := self.config.lip_area) and (covered := masks[1].mean().item()):
+            masks = torch.stack([masks[0], masks[1] * (area / covered)])
         return choose_mask(masks, q, self.config.face_share, self.config.lip_share, self.config.lip_weight)
 
     def losses(self, velocity: Tensor, target: Tensor, weights: Tensor) -> Losses:
