@@ -111,8 +111,9 @@ class Objective:
         """`choose_mask` with the configured shares and area of the lips; ones without masks."""
         if not self.config.masks:
             return torch.ones_like(masks[0])
-        if (area := self.config.lip_area) and (covered := masks[1].mean().item()):
-            masks = torch.stack([masks[0], masks[1] * (area / covered)])
+        if area := self.config.lip_area:
+            face, lips = masks
+            masks = torch.stack([face, lips * (area / lips.mean().clamp(min=1e-6))])  # none where no lips are seen
         return choose_mask(masks, q, self.config.face_share, self.config.lip_share, self.config.lip_weight)
 
     def losses(self, velocity: Tensor, target: Tensor, weights: Tensor) -> Losses:
