@@ -3,7 +3,7 @@
 import hashlib
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import librosa
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 from scipy.signal import butter, sosfiltfilt
 
 from stableavatar.puppet import sentences, speech
-from stableavatar.puppet.espeak import ESPEAK_RATE, synthesise
+from stableavatar.puppet.espeak import ESPEAK_RATE, draw_variant, synthesise
 from stableavatar.puppet.speech import Phoneme, draw_utterance, sing, speak
 from stableavatar.puppet.visemes import PHONEMES, VISEMES, letters, mouth_from_sound, mouth_track, phoneme_ids
 
@@ -32,6 +32,11 @@ def level(waveform: np.ndarray) -> np.ndarray:
     """Loudness [milliseconds]: the maximum around each."""
     size = RATE // 1000
     return np.abs(waveform[: len(waveform) // size * size]).reshape(-1, size).max(1)
+
+
+def colour(waveform: np.ndarray) -> np.ndarray:
+    """Energy in 16 bands of 500 Hz, in powers of ten."""
+    return np.log10([np.square(band).sum() for band in np.array_split(np.abs(np.fft.rfft(waveform)), 16)])
 
 
 @pytest.mark.parametrize("kind", speech.KINDS)
@@ -130,6 +135,20 @@ def test_nonsense_is_new_and_has_no_word_that_is_held_out() -> None:
     sense, nonsense = (draw_utterance(3, 2, nonsense=nonsense) for nonsense in (False, True))
     assert sense.voice == nonsense.voice and sense.text != nonsense.text
     assert any(phoneme.symbol for phoneme in nonsense.phonemes)
+
+
+def test_invented_voices_are_many_and_follow_from_the_seed() -> None:
+    voices = [draw_variant(np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert voices[0] == voices[1] != voices[2]
+    known, first, again, other = (speak("my mother sees the big apple", variant=voice) for voice in ("m1", *voices))
+    assert digest(first) == digest(again) != digest(other)
+    assert len({tuple(each.symbol for each in said.phonemes) for said in (known, first, other)}) == 1  # the same words
+    assert all(0.8 < len(said.waveform) / len(known.waveform) < 1.2 for said in (first, other))
+    colours = [colour(said.waveform) for said in (known, first, other)]
+    assert all(np.abs(one - another).max() > 0.3 for one, another in combinations(colours, 2))
+    plain, invented = (draw_utterance(3, 2, nonsense=True, invented=invented) for invented in (False, True))
+    assert plain.voice in speech.VARIANTS and invented.voice.startswith("language variant")
+    assert digest(known) == digest(speak("my mother sees the big apple"))
 
 
 def test_every_symbol_is_known(drawn: list[speech.Utterance]) -> None:

@@ -7,6 +7,7 @@ time. Every call here therefore loads it afresh and unloads it again, which take
 import _ctypes
 import ctypes
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from pathlib import Path
 import espeakng_loader
 import numpy as np
 
-__all__ = ["ESPEAK_RATE", "Spoken", "synthesise", "variants"]
+__all__ = ["ESPEAK_RATE", "Spoken", "draw_variant", "synthesise", "variants"]
 
 ESPEAK_RATE = 22050
 """Samples per second of what espeak-ng returns."""
@@ -27,6 +28,9 @@ EVENT_PHONEME = 7
 UTF8 = 1
 PARAMETERS = {"rate": 1, "pitch": 3, "pitch_range": 4}
 RANDOM_SEED = 1
+INVENTED = "invented"
+"""The name that espeak-ng is told of a variant that is given as text."""
+FORMANTS = 9
 
 _lock = threading.Lock()
 
@@ -74,7 +78,7 @@ def synthesise(text: str, voice: str, variant: str, pitch: int = 50, rate: int =
 
     Args:
         voice: language of espeak-ng, as "en-us".
-        variant: one of `variants()`.
+        variant: one of `variants()`, or the lines of a file of that kind, as `draw_variant` writes them.
         pitch: 0 to 100, 24 semitones apart.
         rate: words per minute, 80 to 450.
         pitch_range: 0 (monotone) to 100.
@@ -82,12 +86,13 @@ def synthesise(text: str, voice: str, variant: str, pitch: int = 50, rate: int =
     Raises:
         ValueError: an unknown voice or variant, a pitch or rate out of range, a text without a sound.
     """
-    if variant not in variants():
+    invented = "\n" in variant
+    if not invented and variant not in variants():
         raise ValueError(f"got the voice variant {variant!r}; expected one of espeak-ng's, as m1 or f3")
     if not (0 <= pitch <= 100 and 80 <= rate <= 450 and 0 <= pitch_range <= 100):
         raise ValueError(f"got pitch={pitch}, rate={rate}, pitch_range={pitch_range}; expected 0..100, 80..450, 0..100")
-    with _lock, _fresh_library() as library:
-        if library.espeak_SetVoiceByName(f"{voice}+{variant}".encode()) != 0:
+    with _lock, _data_folder(variant if invented else None) as data, _fresh_library(data) as library:
+        if library.espeak_SetVoiceByName(f"{voice}+{INVENTED if invented else variant}".encode()) != 0:
             raise ValueError(f"got the voice {voice!r}; expected a language of espeak-ng, as en-us or de")
         for name, value in (("rate", rate), ("pitch", pitch), ("pitch_range", pitch_range)):
             library.espeak_SetParameter(PARAMETERS[name], value, 0)
@@ -97,13 +102,56 @@ def synthesise(text: str, voice: str, variant: str, pitch: int = 50, rate: int =
     return spoken
 
 
+def draw_variant(rng: np.random.Generator) -> str:
+    """A voice that nobody has: the lines of a variant's file (docs/voices.md of espeak-ng), in the ranges that its own move in.
+
+    Pitch, size of the throat, place, strength and width of each formant, colour of the tone; sometimes breath, roughness, an echo.
+    """
+    low, size = rng.uniform(60, 190), rng.uniform(0.88, 1.2)
+    lines = ["language variant", f"name {INVENTED}", f"pitch {low:.0f} {low * rng.uniform(1.25, 1.8):.0f}"]
+    strength, width = rng.uniform(60, 120), rng.uniform(75, 160)
+    for number in range(FORMANTS):
+        place = 100 * size * rng.normal(1, 0.06)
+        shift = rng.choice([0, rng.uniform(-200, 200)], p=[0.8, 0.2]) if number in (1, 2) else 0  # in hertz
+        lines.append(f"formant {number} {place:.0f} {strength * rng.uniform(0.7, 1.3):.0f} {width * rng.uniform(0.8, 1.2):.0f} {shift:.0f}")
+    lines.append(f"voicing {rng.uniform(50, 180):.0f}")
+    lines.append(f"consonants {rng.uniform(60, 150):.0f} {rng.uniform(50, 150):.0f}")
+    lines.append(f"roughness {rng.integers(5)}")
+    lines.append(f"flutter {rng.integers(8)}")
+    if rng.random() < 0.4:
+        levels = rng.uniform(60, 255), rng.uniform(15, 130), rng.uniform(10, 100)
+        lines.append("tone 100 255 600 {:.0f} 1200 {:.0f} 2400 {:.0f}".format(*levels))
+    if rng.random() < 0.3:
+        lines.append("breath 0 " + " ".join(f"{rng.uniform(1, 6):.0f}" for _ in range(7)))
+    if rng.random() < 0.3:
+        lines.append(f"echo {rng.uniform(30, 140):.0f} {rng.uniform(5, 20):.0f}")
+    return "\n".join(lines) + "\n"
+
+
 @contextmanager
-def _fresh_library() -> Iterator[ctypes.CDLL]:
+def _data_folder(variant: str | None) -> Iterator[Path]:
+    """espeak-ng's data; with such lines for a variant a folder of links to it, where `INVENTED` is that one."""
+    data = Path(espeakng_loader.get_data_path())
+    if variant is None:
+        yield data
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for entry in data.iterdir():
+            (Path(folder) / entry.name).symlink_to(entry)
+        voices = Path(folder) / "voices"
+        voices.unlink()
+        (voices / "!v").mkdir(parents=True)
+        (voices / "!v" / INVENTED).write_text(variant, encoding="utf-8")
+        yield Path(folder)
+
+
+@contextmanager
+def _fresh_library(data: Path) -> Iterator[ctypes.CDLL]:
     if sys.platform == "win32":
         raise ValueError("espeak-ng is driven on Linux and macOS only; got Windows")
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     try:
-        rate = library.espeak_Initialize(SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), PHONEME_EVENTS_IN_IPA)
+        rate = library.espeak_Initialize(SYNCHRONOUS, 0, str(data).encode(), PHONEME_EVENTS_IN_IPA)
         assert rate == ESPEAK_RATE, rate
         library.espeak_ng_SetRandSeed(ctypes.c_long(RANDOM_SEED))
         yield library

@@ -8,7 +8,7 @@ import numpy as np
 import soxr
 
 from stableavatar.geometry import SAMPLE_RATE
-from stableavatar.puppet.espeak import ESPEAK_RATE, Spoken, synthesise
+from stableavatar.puppet.espeak import ESPEAK_RATE, Spoken, draw_variant, synthesise
 from stableavatar.puppet.sentences import GRAMMARS, Grammar, draw_nonsense, draw_sentence, draw_verse
 
 __all__ = ["HELD_OUT_VARIANTS", "KINDS", "KIND_SHARES", "VARIANTS", "Phoneme", "Utterance", "draw_utterance", "sing", "speak"]
@@ -111,13 +111,16 @@ def sing(
     return _level(_join(notes, text), 0.7)
 
 
-def draw_utterance(seed: int, seconds: float, kind: str = "speech", held_out: bool = False, nonsense: bool = False) -> Utterance:
+def draw_utterance(
+    seed: int, seconds: float, kind: str = "speech", held_out: bool = False, nonsense: bool = False, invented: bool = False
+) -> Utterance:
     """A random utterance of exactly round(seconds * 16000) samples, in a random language and voice.
 
     Args:
         kind: "speech": sentences with pauses; "singing": words on a slow melody; "dancing": a fast and steady one.
         held_out: voices and words that no other utterance has.
         nonsense: speech in invented words, see `draw_nonsense`; songs keep theirs.
+        invented: speech in a voice that nobody has, see `draw_variant`; songs keep theirs, whose pitch is known.
 
     Raises:
         ValueError: an unknown kind, no time.
@@ -129,6 +132,7 @@ def draw_utterance(seed: int, seconds: float, kind: str = "speech", held_out: bo
     variant = str(rng.choice(HELD_OUT_VARIANTS if held_out else VARIANTS))
     if kind == "speech":
         draw = partial(draw_nonsense, rng, grammar) if nonsense else partial(draw_sentence, rng, grammar, held_out)
+        variant = draw_variant(rng) if invented else variant
         parts = _draw_sentences(rng, grammar.voice, variant, seconds, draw)
     else:
         parts = _draw_song(rng, grammar, variant, seconds, held_out, BEATS[kind])

@@ -77,8 +77,8 @@ def draw_segments(
 ) -> list[Segment]:
     """So many utterances of the world's voices; they do not depend on the number of processes.
 
-    In training's, three of four that speak do so in invented words: of the world's few the model would learn a vocabulary, and mishear
-    new ones.
+    In training's, three of four that speak do so in invented words, and two of them in invented voices: of the world's few the model
+    would learn a vocabulary and its speakers, and mishear new ones.
     """
     return list(shared_out(partial(_draw_segment, seed, seconds, held_out), range(count), workers))
 
@@ -86,7 +86,8 @@ def draw_segments(
 def _draw_segment(seed: int, seconds: float, held_out: bool, number: int) -> Segment:
     rng = np.random.default_rng([seed, number, held_out])
     kind = str(rng.choice(list(KIND_SHARES), p=list(KIND_SHARES.values())))
-    utterance = draw_utterance(int(rng.integers(2**31)), seconds, kind, held_out, nonsense=not held_out and number % 4 > 0)
+    fancy = 0 if held_out else number % 4
+    utterance = draw_utterance(int(rng.integers(2**31)), seconds, kind, held_out, nonsense=fancy > 0, invented=fancy > 1)
     mouth = np.stack(mouth_track(utterance.phonemes, round(seconds * TRACK_RATE), TRACK_RATE), axis=1)
     return Segment(utterance.waveform, tuple(phoneme_ids(utterance)), mouth)
 
