@@ -86,13 +86,12 @@ def synthesise(text: str, voice: str, variant: str, pitch: int = 50, rate: int =
     Raises:
         ValueError: an unknown voice or variant, a pitch or rate out of range, a text without a sound.
     """
-    invented = "\n" in variant
-    if not invented and variant not in variants():
+    if not _is_lines(variant) and variant not in variants():
         raise ValueError(f"got the voice variant {variant!r}; expected one of espeak-ng's, as m1 or f3")
     if not (0 <= pitch <= 100 and 80 <= rate <= 450 and 0 <= pitch_range <= 100):
         raise ValueError(f"got pitch={pitch}, rate={rate}, pitch_range={pitch_range}; expected 0..100, 80..450, 0..100")
-    with _lock, _data_folder(variant if invented else None) as data, _fresh_library(data) as library:
-        if library.espeak_SetVoiceByName(f"{voice}+{INVENTED if invented else variant}".encode()) != 0:
+    with _lock, _data_with(variant) as (data, name), _fresh_library(data) as library:
+        if library.espeak_SetVoiceByName(f"{voice}+{name}".encode()) != 0:
             raise ValueError(f"got the voice {voice!r}; expected a language of espeak-ng, as en-us or de")
         for name, value in (("rate", rate), ("pitch", pitch), ("pitch_range", pitch_range)):
             library.espeak_SetParameter(PARAMETERS[name], value, 0)
@@ -114,10 +113,8 @@ def draw_variant(rng: np.random.Generator) -> str:
         place = 100 * size * rng.normal(1, 0.06)
         shift = rng.choice([0, rng.uniform(-200, 200)], p=[0.8, 0.2]) if number in (1, 2) else 0  # in hertz
         lines.append(f"formant {number} {place:.0f} {strength * rng.uniform(0.7, 1.3):.0f} {width * rng.uniform(0.8, 1.2):.0f} {shift:.0f}")
-    lines.append(f"voicing {rng.uniform(50, 180):.0f}")
-    lines.append(f"consonants {rng.uniform(60, 150):.0f} {rng.uniform(50, 150):.0f}")
-    lines.append(f"roughness {rng.integers(5)}")
-    lines.append(f"flutter {rng.integers(8)}")
+    lines += [f"voicing {rng.uniform(50, 180):.0f}", f"consonants {rng.uniform(60, 150):.0f} {rng.uniform(50, 150):.0f}"]
+    lines += [f"roughness {rng.integers(5)}", f"flutter {rng.integers(8)}"]
     if rng.random() < 0.4:
         levels = rng.uniform(60, 255), rng.uniform(15, 130), rng.uniform(10, 100)
         lines.append("tone 100 255 600 {:.0f} 1200 {:.0f} 2400 {:.0f}".format(*levels))
@@ -128,21 +125,26 @@ def draw_variant(rng: np.random.Generator) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _is_lines(variant: str) -> bool:
+    """Whether that is a variant's file and not a name."""
+    return "\n" in variant
+
+
 @contextmanager
-def _data_folder(variant: str | None) -> Iterator[Path]:
-    """espeak-ng's data; with such lines for a variant a folder of links to it, where `INVENTED` is that one."""
+def _data_with(variant: str) -> Iterator[tuple[Path, str]]:
+    """A data folder of espeak-ng that has a variant, and its name there; one given as lines gets a folder of links beside its file."""
     data = Path(espeakng_loader.get_data_path())
-    if variant is None:
-        yield data
+    if not _is_lines(variant):
+        yield data, variant
         return
     with tempfile.TemporaryDirectory() as folder:
         for entry in data.iterdir():
-            (Path(folder) / entry.name).symlink_to(entry)
-        voices = Path(folder) / "voices"
-        voices.unlink()
-        (voices / "!v").mkdir(parents=True)
-        (voices / "!v" / INVENTED).write_text(variant, encoding="utf-8")
-        yield Path(folder)
+            if entry.name != "voices":
+                (Path(folder) / entry.name).symlink_to(entry)
+        own = Path(folder) / "voices" / "!v"
+        own.mkdir(parents=True)
+        (own / INVENTED).write_text(variant, encoding="utf-8")
+        yield Path(folder), INVENTED
 
 
 @contextmanager
